@@ -1,0 +1,1 @@
+"""Which channels of a network hang together, what they cost, and how to cut them."""

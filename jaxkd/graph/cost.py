@@ -1,0 +1,108 @@
+"""What a network costs, as a polynomial of what it keeps.
+
+Every convolution and dot, and every parameter, contributes a product: a constant times the number
+of positions that are alive on some axes. The number alive on an axis is a linear form of the keeps.
+Totals, shares of layers, and prices all come from these products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+Keep = Mapping[str, np.ndarray]
+RESOURCES = ('flops', 'params', 'activations')
+
+
+class Form(NamedTuple):
+    """Alive positions of an axis: `constant + Σ weights[group] · keep[group]`.
+
+    A weight is int [units of the group]: how many positions of the axis go with each unit.
+    """
+
+    constant: int
+    weights: Mapping[str, np.ndarray]
+
+    def __call__(self, keep: Keep) -> int:
+        return self.constant + sum(int(w @ keep[group]) for group, w in self.weights.items())
+
+
+class Term(NamedTuple):
+    """`coefficient · Π forms[i]`, which the layer `layer` pays of `resource`."""
+
+    layer: str
+    resource: str
+    coefficient: int
+    forms: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """What one layer costs for one example: multiply-adds, parameters, bytes of its outputs."""
+
+    layer: str
+    flops: int
+    params: int
+    activations: int
+
+
+class Cost(NamedTuple):
+    """What a network costs for one example.
+
+    Attributes:
+      flops: multiply-adds (one counts 1) of all convolutions and dots; padding counts as input.
+      params: elements of the collection `params`.
+      activations: bytes of the outputs of all convolutions and dots.
+      rows: the same by layer, in the order of the computation.
+    """
+
+    flops: int
+    params: int
+    activations: int
+    rows: tuple[Row, ...]
+
+    def by_layer(self) -> tuple[Row, ...]:
+        return self.rows
+
+
+class Polynomial(NamedTuple):
+    """The cost of a network as a function of what is kept."""
+
+    forms: tuple[Form, ...]
+    terms: tuple[Term, ...]
+
+    def cost(self, keep: Keep) -> Cost:
+        alive = [form(keep) for form in self.forms]
+        rows: dict[str, dict[str, int]] = {}
+        for term in self.terms:
+            row = rows.setdefault(term.layer, dict.fromkeys(RESOURCES, 0))
+            product = term.coefficient
+            for i in term.forms:
+                product *= alive[i]
+            row[term.resource] += product
+        listed = tuple(Row(layer, **row) for layer, row in rows.items())
+        return Cost(*(sum(getattr(row, r) for row in listed) for r in RESOURCES), listed)
+
+    def price(self, keep: Keep, resource: str, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The derivative of a resource in every keep, at `keep`: float64 [units] by group."""
+        alive = [form(keep) for form in self.forms]
+        slope = np.zeros(len(self.forms))
+        for term in self.terms:
+            if term.resource != resource:
+                continue
+            for place, i in enumerate(term.forms):
+                others = [alive[j] for other, j in enumerate(term.forms) if other != place]
+                slope[i] += term.coefficient * float(math.prod(others))
+        result = {group: np.zeros(size) for group, size in sizes.items()}
+        for form, d in zip(self.forms, slope, strict=True):
+            for group, weights in form.weights.items():
+                result[group] += d * weights
+        return result
+
+
+def check_resource(resource: str, allowed: Sequence[str] = RESOURCES) -> str:
+    if resource not in allowed:
+        raise ValueError(f'resource {resource!r} is none of {", ".join(allowed)}')
+    return resource

@@ -1,0 +1,236 @@
+"""Masking, cutting, and the proof that they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import errors
+from jaxkd.graph import structure
+from jaxkd.graph.trace import Graph, Keep
+
+# Largest difference of masked and compact outputs, as a share of the largest masked output, that
+# float32 rounding explains: sums of some thousand terms in another order, over a hundred layers.
+TOLERANCE = 1e-4
+
+
+def mask(graph: Graph, variables: Any, keep: Keep) -> Any:
+    """The variables with every axis of a removed unit at zero: the same shapes.
+
+    Producers (kernel outputs, biases, BatchNorm vectors) and consumers (the next kernels' inputs)
+    alike, so that the masked network computes what the compact one does, whatever its activations
+    make of a zero. `variables` may be any tree shaped like the variables; see `cut`.
+    """
+
+    def zero(leaf, axis_masks):
+        number = jnp if isinstance(leaf, jax.core.Tracer) else np
+        for axis, alive in axis_masks.items():
+            shape = [-1 if i == axis else 1 for i in range(leaf.ndim)]
+            leaf = number.where(alive.reshape(shape), leaf, number.zeros((), leaf.dtype))
+        return leaf
+
+    return _change(graph, variables, keep, zero)
+
+
+def cut(graph: Graph, tree: Any, keep: Keep) -> Any:
+    """Slices the removed units away from a tree shaped like the variables.
+
+    Args:
+      graph: the traced network.
+      tree: its variables, or any tree that holds arrays under the same paths: gradients, EMA, the
+        state of an optax optimizer. Leaves may be arrays or `jax.ShapeDtypeStruct`s. Leaves under
+        other paths (step counters, keys) stay as they are.
+      keep: what to keep.
+
+    Returns:
+      The tree with smaller arrays. Nothing is compiled.
+
+    Raises:
+      GraphError: where a leaf stands at a variable's path but is neither a scalar nor of its shape.
+    """
+
+    def shrink(leaf, axis_masks):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            shape = list(leaf.shape)
+            for axis, alive in axis_masks.items():
+                shape[axis] = int(alive.sum())
+            return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+        array = np.asarray(leaf)  # numpy: jnp.take would compile once for every shape
+        for axis, alive in axis_masks.items():
+            array = np.compress(alive, array, axis=axis)
+        return jax.device_put(array) if isinstance(leaf, jax.Array) else array
+
+    return _change(graph, tree, keep, shrink)
+
+
+def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
+    """The physically smaller network, verified.
+
+    Raises:
+      GraphError: where the model's code cannot run at these widths, or where the compact network
+        does not compute what the masked one does; the message names the layers or groups.
+    """
+    keep = graph.complete(keep)
+    shapes = cut(graph, graph.variables, keep)
+    found = structure.record(graph, keep, structure.widths(shapes))
+    module = structure.module(graph.model, found)
+    verify(graph, keep)
+    return structure.CompactModel(module, cut(graph, _plain(variables), keep), found)
+
+
+def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
+    """Compares the masked and the compact network on random variables and inputs, in float32.
+
+    Returns:
+      The largest difference of their outputs, as a share of the largest output.
+
+    Raises:
+      GraphError: if that is more than rounding explains, naming the groups at fault.
+    """
+    keep = graph.complete(keep)
+    difference = _difference(graph, keep, seed)
+    if difference <= TOLERANCE:
+        return difference
+    whole = graph.keep_all()
+    at_fault = [
+        name
+        for name, alive in keep.items()
+        if not alive.all() and not _difference(graph, {**whole, name: alive}, seed) <= TOLERANCE
+    ]
+    raise errors.GraphError(
+        f'the compact {type(graph.model).__name__} differs from the masked one by {difference:.1e} '
+        f'of its largest output, so it was refused; at fault: {", ".join(at_fault) or "unclear"}. '
+        'Freeze these groups, or see whether the model decides by a width (such as '
+        'x.shape == y.shape) what it computes'
+    )
+
+
+def _difference(graph: Graph, keep: Keep, seed: int) -> float:
+    random = np.random.default_rng(seed)
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _random_leaf(random, leaf), graph.variables
+    )
+    inputs = jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
+    shapes = structure.widths(cut(graph, graph.variables, keep))
+    small = structure.resize.CompactModule(graph.model, shapes)
+    with futures.ThreadPoolExecutor(2) as pool:  # XLA compiles the two side by side
+        runs = (
+            pool.submit(_run, graph, graph.model, mask(graph, variables, keep), inputs),
+            pool.submit(_run, graph, small, cut(graph, variables, keep), inputs),
+        )
+        masked = runs[0].result()
+        try:
+            compacted = runs[1].result()
+        except Exception as error:
+            raise errors.GraphError(
+                f'{type(graph.model).__name__} cannot run at the compact widths, because a layer '
+                f'fixes a size in its own code: {error}'
+            ) from error
+    worst, scale = 0.0, 1e-30
+    for a, b in zip(masked, compacted, strict=True):
+        if a.shape != b.shape:
+            return np.inf
+        if a.size:
+            worst = max(worst, float(np.max(np.abs(a - b))))
+            scale = max(scale, float(np.max(np.abs(a))))
+    return worst / scale if np.isfinite(worst) else np.inf
+
+
+def _run(graph: Graph, module: Any, variables: Any, inputs: Any) -> list[np.ndarray]:
+    """The float outputs of a module on the CPU; compiled for a single run, so without polish."""
+    kwargs = graph.apply_kwargs
+    with jax.default_device(jax.devices('cpu')[0]), jax.default_matmul_precision('highest'):
+        run = jax.jit(lambda variables, inputs: module.apply(variables, *inputs, **kwargs))
+        compiled = run.lower(variables, inputs).compile(
+            compiler_options={'xla_backend_optimization_level': 0}
+        )
+        outputs = compiled(variables, inputs)
+    return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
+
+
+def _random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Kernels that keep the scale of what runs through; vectors clear of zero, so that a removed
+    channel's bias or statistics would show."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return np.zeros(leaf.shape, leaf.dtype)
+    if len(leaf.shape) < 2:
+        return random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+    inputs = int(np.prod(leaf.shape[:-1]))
+    return (random.standard_normal(leaf.shape) * np.sqrt(2 / inputs)).astype(leaf.dtype)
+
+
+def _random_input(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return np.zeros(leaf.shape, leaf.dtype)
+    # Two examples say as much as a large batch.
+    shape = (min(leaf.shape[0], 2), *leaf.shape[1:]) if leaf.shape else ()
+    return random.standard_normal(shape).astype(leaf.dtype)
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _key(entry: Any) -> str:
+    for attribute in ('key', 'name', 'idx'):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
+    """bool [axis size] for every axis, by path and axis, that loses positions."""
+    keep = graph.complete(keep)
+    shapes = {
+        '/'.join(map(_key, path)): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(graph.variables)[0]
+    }
+    result: dict[str, dict[int, np.ndarray]] = {path: {} for path in shapes}
+    for group in graph.groups:
+        removed = ~keep[group.name]
+        if removed.any():
+            for member, positions in zip(group.members, group.positions, strict=True):
+                n = shapes[member.path][member.axis]
+                alive = result[member.path].setdefault(member.axis, np.ones(n, bool))
+                alive[positions[removed].reshape(-1)] = False
+    return result
+
+
+def _change(graph: Graph, tree: Any, keep: Keep, change: Any) -> Any:
+    """Applies `change(leaf, {axis: alive})` to the leaves that stand at a variable's path."""
+    alive = _alive(graph, keep)
+    shapes = {
+        '/'.join(map(_key, path)): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(graph.variables)[0]
+    }
+    # Trees of parameters alone lack the collection's name. Parameters come first where both match.
+    short: dict[str, str] = {}
+    for path in sorted(shapes, key=lambda path: not path.startswith('params/')):
+        short.setdefault(path.split('/', 1)[-1], path)
+
+    def find(entries: Sequence[str]) -> str | None:
+        for i in range(len(entries)):
+            tail = '/'.join(entries[i:])
+            if tail in shapes:
+                return tail
+            if tail in short:
+                return short[tail]
+        return None
+
+    def visit(path, leaf):
+        found = find([_key(entry) for entry in path])
+        if found is None or not alive[found] or np.ndim(leaf) == 0:
+            return leaf
+        if tuple(leaf.shape) != tuple(shapes[found]):
+            raise errors.GraphError(
+                f'the leaf at {"/".join(map(_key, path))} has shape {list(leaf.shape)}, but the '
+                f'variable {found} has {list(shapes[found])}: cut needs trees of the same shapes'
+            )
+        return change(leaf, alive[found])
+
+    return jax.tree_util.tree_map_with_path(visit, tree)

@@ -1,0 +1,139 @@
+"""What was found: the record of a structure, and the compact network that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from jaxkd import cpu
+from jaxkd.graph import resize
+from jaxkd.graph.trace import Graph, Keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What a compact network keeps of the full one. `to_json` and `from_json` are inverses.
+
+    Attributes:
+      model: {'module', 'class', 'arguments'}: where the full model's class is defined, and its
+        fields. `arguments` is None where a field cannot be written as JSON.
+      groups: by name, {'size': units of the full network, 'kept': indices of the units kept}.
+      widths: by layer, the shapes of its parameters in the compact network.
+      inputs: shape (with the batch traced) and dtype of each input.
+      full, compact: {'flops', 'params', 'activations'} of one example.
+    """
+
+    model: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Any]]
+    widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+    inputs: tuple[Mapping[str, Any], ...]
+    full: Mapping[str, int]
+    compact: Mapping[str, int]
+
+    @property
+    def keep(self) -> dict[str, np.ndarray]:
+        """bool [size] by group name."""
+        return {
+            name: np.isin(np.arange(group['size']), group['kept'])
+            for name, group in self.groups.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Structure:
+        widths = {
+            layer: {name: tuple(shape) for name, shape in shapes.items()}
+            for layer, shapes in record['widths'].items()
+        }
+        return cls(**{**record, 'widths': widths, 'inputs': tuple(record['inputs'])})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompactModel:
+    """A network that is physically smaller.
+
+    Attributes:
+      module: a Linen module; `init` and `apply` as usual.
+      variables: its variables, nested dicts of arrays.
+      structure: what it keeps of the full network.
+    """
+
+    module: nn.Module
+    variables: Any
+    structure: Structure
+
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """What `model.apply` does, at the compact widths: `mutable=`, `rngs=` and all.
+
+        `method` is the name of a method of the model. On a CPU, convolutions run in the form that
+        is fast there.
+        """
+        if method is not None:
+            args = (method if isinstance(method, str) else method.__name__, *args)
+        with cpu.fast_convolutions():
+            return self.module.apply(
+                variables, *args, method=None if method is None else 'run', **kwargs
+            )
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Class and fields of a Linen module, as far as JSON can hold them."""
+    arguments: dict[str, Any] | None = {}
+    for field in dataclasses.fields(model):
+        if not field.init or field.name in ('parent', 'name'):
+            continue
+        value = getattr(model, field.name)
+        if value is field.default:
+            continue
+        try:
+            arguments[field.name] = json.loads(json.dumps(value))
+        except TypeError:
+            arguments = None
+            break
+    return {
+        'module': type(model).__module__,
+        'class': type(model).__qualname__,
+        'arguments': arguments,
+    }
+
+
+def widths(tree: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of the parameters of each layer: {'stem/conv': {'kernel': (3, 3, 3, 32)}, …}."""
+    result: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree['params'])[0]:
+        *layer, name = (str(entry.key) for entry in path)
+        result.setdefault('/'.join(layer), {})[name] = tuple(leaf.shape)
+    return result
+
+
+def record(graph: Graph, keep: Keep, compact_widths: Mapping[str, Any]) -> Structure:
+    """The structure that `keep` gives the traced network."""
+    full, compact = graph.cost(), graph.cost(keep)
+    resources = ('flops', 'params', 'activations')
+    return Structure(
+        model=describe(graph.model),
+        groups={
+            name: {'size': len(alive), 'kept': np.flatnonzero(alive).tolist()}
+            for name, alive in graph.complete(keep).items()
+        },
+        widths=dict(compact_widths),
+        inputs=tuple(
+            {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
+            for leaf in jax.tree.leaves(graph.inputs)
+        ),
+        full={resource: getattr(full, resource) for resource in resources},
+        compact={resource: getattr(compact, resource) for resource in resources},
+    )
+
+
+def module(model: nn.Module, structure: Structure) -> nn.Module:
+    """The model at the structure's widths."""
+    return resize.CompactModule(model, structure.widths)

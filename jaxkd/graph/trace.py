@@ -1,0 +1,414 @@
+"""From a Linen module to the graph of its channel groups, by running it on names.
+
+`trace` makes a jaxpr of the module's `apply`, gives every position of every variable's axes a name,
+and walks the jaxpr with the rules of `jaxkd.graph.rules`. What hangs together is a channel group.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import numpy as np
+
+from jaxkd import errors
+from jaxkd.graph import cost as costs
+from jaxkd.graph import names, rules
+
+Keep = costs.Keep
+
+
+class Member(NamedTuple):
+    """An axis of a parameter, or a stretch of one, that a group's units are cut from.
+
+    Attributes:
+      path: the parameter, such as 'params/stem/conv/kernel'.
+      axis: which of its axes.
+      range: from the first to the last position on it; which of them are each unit's is in
+        `ChannelGroup.positions`.
+    """
+
+    path: str
+    axis: int
+    range: range
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that must be kept or removed together, unit by unit.
+
+    Attributes:
+      name: the layer that makes the channels.
+      size: number of units.
+      members: the parameter axes concerned.
+      positions: for each member, int [size, k]: the positions of each unit.
+      frozen: why no unit may be removed, or None.
+      primitive, source: the operation that froze the group and its line in the model's code.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    positions: tuple[np.ndarray, ...]
+    frozen: str | None = None
+    primitive: str = ''
+    source: str = ''
+
+
+class FrozenGroup(NamedTuple):
+    group: str
+    reason: str
+    primitive: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A network as channel groups and their cost. Made by `jaxkd.trace`.
+
+    Attributes:
+      model: the Linen module.
+      variables: its variables as `jax.ShapeDtypeStruct`s, nested dicts.
+      inputs, apply_kwargs: what it was traced with; arrays as `jax.ShapeDtypeStruct`s.
+      groups: all channel groups, in the order of the computation.
+      unknown: primitives without a rule that met channels, with a line of the model's code.
+    """
+
+    model: nn.Module
+    variables: Mapping[str, Any]
+    inputs: tuple[Any, ...]
+    apply_kwargs: Mapping[str, Any]
+    groups: tuple[ChannelGroup, ...]
+    polynomial: costs.Polynomial
+    unknown: Mapping[str, str]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        return {group.name: group.size for group in self.groups}
+
+    @property
+    def frozen(self) -> tuple[FrozenGroup, ...]:
+        """The groups that stay whole, with the reason, the primitive and the model's line."""
+        return tuple(
+            FrozenGroup(g.name, g.frozen, g.primitive, g.source) for g in self.groups if g.frozen
+        )
+
+    def keep_all(self) -> dict[str, np.ndarray]:
+        """The keep that removes nothing: bool [size] by group name."""
+        return {group.name: np.ones(group.size, bool) for group in self.groups}
+
+    def complete(self, keep: Keep | None) -> dict[str, np.ndarray]:
+        """`keep` checked, with the groups that it does not mention kept whole.
+
+        Raises:
+          GraphError: for an unknown group, a wrong shape or dtype, a frozen group that would lose
+            units, or a group that would lose all.
+        """
+        result = self.keep_all()
+        for name, alive in (keep or {}).items():
+            group = self.by_name.get(name)
+            if group is None:
+                raise errors.GraphError(
+                    f'no channel group is named {name!r}; there are: {", ".join(self.by_name)}'
+                )
+            alive = np.asarray(alive)
+            if alive.dtype != bool or alive.shape != (group.size,):
+                raise errors.GraphError(
+                    f'keep of group {name!r} must be bool [{group.size}], '
+                    f'not {alive.dtype} {list(alive.shape)}'
+                )
+            if group.frozen and not alive.all():
+                raise errors.GraphError(f'group {name!r} cannot be cut: {group.frozen}')
+            if not alive.any():
+                raise errors.GraphError(f'group {name!r} must keep at least one unit')
+            result[name] = alive
+        return result
+
+    def cost(self, keep: Keep | None = None) -> costs.Cost:
+        """The cost of one example with `keep` (of the full network without)."""
+        return self.polynomial.cost(self.complete(keep))
+
+    def price(self, keep: Keep | None, resource: str) -> dict[str, np.ndarray]:
+        """What one more unit costs: ∂resource/∂keep at `keep`, float64 [size] by group name."""
+        costs.check_resource(resource)
+        return self.polynomial.price(self.complete(keep), resource, self.sizes)
+
+    def table(self, keep: Keep | None = None) -> str:
+        """The layers, the groups with their members, and the costs, for people to read."""
+        keep = self.complete(keep)
+        full, cost = self.cost(), self.cost(keep)
+        width = max(len(row.layer) for row in full.rows)
+        lines = [f'{"layer":{width}} {"multiply-adds":>15} {"parameters":>12} {"bytes out":>12}']
+        for row in (*cost.rows, costs.Row('total', cost.flops, cost.params, cost.activations)):
+            lines.append(
+                f'{row.layer:{width}} {row.flops:15,} {row.params:12,} {row.activations:12,}'
+            )
+        width = max(len(group.name) for group in self.groups)
+        lines += ['', f'{"group":{width}} {"kept":>11}  members']
+        for group in self.groups:
+            kept = f'{int(keep[group.name].sum())}/{group.size}'
+            members = (
+                f'{m.path.removeprefix("params/")}[{m.axis}]'
+                for m in group.members
+                if m.path.startswith('params/')
+            )
+            note = f'  frozen: {group.frozen}' if group.frozen else ''
+            lines.append(f'{group.name:{width}} {kept:>11}  {" ".join(members)}{note}')
+        for primitive, source in self.unknown.items():
+            lines.append(f'primitive {primitive} has no rule; first met at {source}')
+        return '\n'.join(lines)
+
+
+def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -> Graph:
+    """Finds the channel groups of a Linen module and what they cost.
+
+    Args:
+      model: any Linen module.
+      variables: its variables, arrays or `jax.ShapeDtypeStruct`s; nothing is computed with them.
+      *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s (or trees of them). The
+        leading axis of each is the batch.
+      **apply_kwargs: further arguments of `model.apply`, such as `train=False`.
+
+    Returns:
+      The graph.
+
+    Raises:
+      GraphError: where the module cannot be applied to these variables and inputs.
+    """
+    variables = jax.tree.map(_abstract, _plain(variables))
+    inputs = jax.tree.map(_abstract, tuple(inputs))
+    kwargs = {k: v for k, v in apply_kwargs.items() if k != 'mutable'}
+    mutable = apply_kwargs.get('mutable', False)
+
+    def apply(variables, inputs):
+        out = model.apply(variables, *inputs, **kwargs, mutable=mutable)
+        return out[0] if mutable else out  # new variables are no outputs that anybody consumes
+
+    try:
+        jaxpr = jax.make_jaxpr(apply)(variables, inputs)
+    except Exception as error:
+        shapes = ', '.join(str(leaf) for leaf in jax.tree.leaves(inputs))
+        raise errors.GraphError(
+            f'{type(model).__name__} cannot be applied to inputs {shapes}: '
+            f'{type(error).__name__}: {error}'
+        ) from error
+
+    context = rules.Context()
+    paths = list(traverse_util.flatten_dict(variables, sep='/').items())
+    starts: list[tuple[str, int, int, int]] = []  # path, axis, first name, number of names
+    operands: dict[str, rules.Array] = {}
+    for path, leaf in paths:
+        axes = []
+        for axis, n in enumerate(leaf.shape):
+            starts.append((path, axis, context.ties.count, n))
+            axes.append((names.Part(n, context.ties.fresh(n)),))
+        operands[path] = tuple(axes)
+    by_leaf = [operands[_path_string(path)] for path, _ in _leaves(variables)]
+    for leaf in jax.tree.leaves(inputs):
+        axes = [names.bound(n, names.INPUT) for n in leaf.shape]
+        if axes:
+            axes[0] = names.bound(leaf.shape[0], names.BATCH)
+        by_leaf.append(tuple(axes))
+
+    outputs = context.walk(jaxpr.jaxpr, jaxpr.consts, by_leaf)
+    out = names.Frozen('network output', 'output', 'the value that the model returns')
+    for output in outputs:
+        for axis in output:
+            context.ties.freeze(axis, out)
+
+    groups = _groups(context, starts)
+    return Graph(
+        model=model,
+        variables=variables,
+        inputs=inputs,
+        apply_kwargs=kwargs,
+        groups=groups,
+        polynomial=_polynomial(context, operands, starts, groups),
+        unknown=context.unknown,
+    )
+
+
+def _plain(tree: Any) -> Any:
+    """Nested dicts of leaves: FrozenDicts and boxed parameters are opened."""
+    return jax.tree.map(lambda leaf: leaf, nn.meta.unbox(_dicts(tree)))
+
+
+def _dicts(tree: Any) -> Any:
+    return {k: _dicts(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(leaf, 'shape'):
+        leaf = np.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _path_string(path: Sequence[Any]) -> str:
+    return '/'.join(str(entry.key) for entry in path)
+
+
+def _module(path: str) -> str:
+    """'stem/conv' for 'params/stem/conv/kernel'."""
+    return '/'.join(path.split('/')[1:-1]) or path
+
+
+def _groups(
+    context: rules.Context, starts: Sequence[tuple[str, int, int, int]]
+) -> tuple[ChannelGroup, ...]:
+    """The connected components, those of one shape together."""
+    component, windows, frozen = context.ties.components()
+    number = len(windows)
+
+    # Components with as many positions on each axis of each parameter are units of one group: the
+    # sum of a random number per position tells the shapes apart.
+    axis_of = np.repeat(np.arange(len(starts)), [n for *_, n in starts])
+    marks = np.random.default_rng(0).integers(1, 1 << 62, len(starts), dtype=np.uint64)
+    shape = np.zeros(number, np.uint64)
+    np.add.at(shape, component, marks[axis_of])
+    reasons = {why: i + 1 for i, why in enumerate(dict.fromkeys(frozen.values()))}
+    reason = np.zeros(number, np.uint64)
+    for c, why in frozen.items():
+        reason[c] = reasons[why]
+    producer = np.full(number, len(context.layers))
+    for i in reversed(range(len(context.layers))):
+        out = context.layers[i].out
+        if out is not None:
+            producer[component[out]] = i
+
+    # A kernel's window is no channel; where it is tied to channels they have been frozen with it.
+    wanted = np.flatnonzero(~windows | (reason > 0))
+    _, inverse = np.unique(
+        np.stack([shape[wanted], reason[wanted]], axis=1), axis=0, return_inverse=True
+    )
+    order = np.argsort(component, kind='stable')
+    ends = np.searchsorted(component[order], np.arange(number + 1))
+    by_group: dict[int, list[int]] = {}
+    for c, group in zip(wanted, inverse.reshape(-1), strict=True):
+        by_group.setdefault(int(group), []).append(int(c))
+
+    unnamed = []
+    for units in by_group.values():
+        where = np.stack([np.sort(order[ends[c] : ends[c + 1]]) for c in units])
+        rank = producer[units[0]]
+        if rank < len(context.layers):  # in the order of the channels of the layer that makes them
+            out = context.layers[rank].out
+            first = {int(c): i for i, c in reversed(list(enumerate(component[out])))}
+            where = where[np.argsort([first.get(c, 0) for c in units], kind='stable')]
+        members, positions = [], []
+        for axis in np.unique(axis_of[where[0]]):
+            path, dimension, start, _ = starts[axis]
+            columns = where[:, axis_of[where[0]] == axis] - start
+            span = range(int(columns.min()), int(columns.max()) + 1)
+            members.append(Member(path, dimension, span))
+            positions.append(columns)
+        why = frozen.get(units[0])
+        unnamed.append((rank, int(where.min()), members, positions, why))
+
+    unnamed.sort(key=lambda group: group[:2])
+    used: dict[str, int] = {}
+    groups = []
+    for rank, _, members, positions, why in unnamed:
+        if rank < len(context.layers):
+            name = _layer_name(context.layers[rank], starts)
+        else:
+            member = members[0]
+            name = f'{_module(member.path)}:{member.path.split("/")[-1]}[{member.axis}]'
+        used[name] = used.get(name, 0) + 1
+        name = name if used[name] == 1 else f'{name}#{used[name]}'
+        text = (why.reason, why.primitive, why.source) if why else (None, '', '')
+        groups.append(
+            ChannelGroup(name, len(positions[0]), tuple(members), tuple(positions), *text)
+        )
+    return tuple(groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _neighbour(layer: str, layers: tuple[str, ...]) -> int:
+    """The index of the first of `layers` that shares the longest path with `layer`."""
+
+    def common(other: str) -> int:
+        pairs = zip(layer.split('/'), other.split('/'), strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    return max(range(len(layers)), key=lambda i: (common(layers[i]), -i), default=0)
+
+
+def _layer_name(layer: rules.Layer, starts: Sequence[tuple[str, int, int, int]]) -> str:
+    """The module that owns the kernel of a layer, or the scope where there is no such kernel."""
+    for axis in layer.kernel:
+        for vector in names.named(axis):
+            first = bisect.bisect_right(starts, vector[0], key=lambda start: start[2])
+            return _module(starts[first - 1][0])
+    return layer.scope
+
+
+def _polynomial(
+    context: rules.Context,
+    operands: Mapping[str, rules.Array],
+    starts: Sequence[tuple[str, int, int, int]],
+    groups: Sequence[ChannelGroup],
+) -> costs.Polynomial:
+    """The cost of every layer and parameter in terms of the groups' keeps."""
+    owner = np.full(context.ties.count, -1)
+    unit = np.zeros(context.ties.count, int)
+    first = {(path, axis): start for path, axis, start, _ in starts}
+    for i, group in enumerate(groups):
+        for member, positions in zip(group.members, group.positions, strict=True):
+            where = positions + first[member.path, member.axis]
+            owner[where] = i
+            unit[where] = np.arange(group.size)[:, None]
+
+    forms: list[costs.Form] = []
+    known: dict[bytes, int] = {}
+
+    def form(vector: np.ndarray) -> int:
+        key = np.sort(owner[vector] * (1 << 32) + unit[vector]).tobytes()
+        if key not in known:
+            known[key] = len(forms)
+            weights = {}
+            for i in np.unique(owner[vector]):
+                if i >= 0:
+                    mine = unit[vector[owner[vector] == i]]
+                    weights[groups[i].name] = np.bincount(mine, minlength=groups[i].size)
+            forms.append(costs.Form(int(np.sum(owner[vector] < 0)), weights))
+        return known[key]
+
+    def term(layer: str, resource: str, factor: int, axes: Sequence[names.Axis]) -> costs.Term:
+        vectors = []
+        for axis in axes:
+            for part in axis:
+                if part.names is not None:
+                    vectors.append(form(part.names))
+                elif part.bound != names.BATCH:
+                    factor *= part.size
+        return costs.Term(layer, resource, factor, tuple(vectors))
+
+    terms = []
+    ranks: dict[str, int] = {}
+    for layer in context.layers:
+        name = _layer_name(layer, starts)
+        rank = ranks.setdefault(name, len(ranks))
+        terms.append((rank, term(name, 'flops', 1, layer.factors)))
+        terms.append((rank, term(name, 'activations', layer.itemsize, layer.outputs)))
+    for path, axes in operands.items():
+        if path.startswith('params/'):
+            # Layers that only have parameters (norms) are listed after the one they stand next to.
+            rank = _neighbour(_module(path), tuple(ranks))
+            terms.append((rank, term(_module(path), 'params', 1, axes)))
+    terms.sort(key=lambda ranked: ranked[0])
+    return costs.Polynomial(tuple(forms), tuple(term for _, term in terms))

@@ -1,0 +1,38 @@
+"""Learn a smaller structure for a Flax CNN, with the original network as its teacher."""
+
+from jaxkd.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    GraphError,
+    JaxkdError,
+    TrainingError,
+)
+from jaxkd.graph.cut import compact, cut, mask, verify
+from jaxkd.graph.structure import CompactModel, Structure
+from jaxkd.graph.trace import ChannelGroup, Graph, trace
+from jaxkd.saved import load, save
+from jaxkd.search.prune import prune
+from jaxkd.search.select import select
+
+__all__ = [
+    'BudgetError',
+    'ChannelGroup',
+    'CheckpointError',
+    'CompactModel',
+    'ConfigError',
+    'Graph',
+    'GraphError',
+    'JaxkdError',
+    'Structure',
+    'TrainingError',
+    'compact',
+    'cut',
+    'load',
+    'mask',
+    'prune',
+    'save',
+    'select',
+    'trace',
+    'verify',
+]

@@ -1,0 +1,60 @@
+"""The command line: flags, config, and one call."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'What to do: a file such as configs/mbv2.py, with its argument after a colon '
+    '(configs/mbv2.py:fashion_mnist). Any field: --config.budget.flops=0.25.',
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Where checkpoints, metrics and the report go. A stopped run goes on with the same command. '
+    'Default: runs/NAME-OF-THE-DATA.',
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the pipeline. Exit status: 0 done, 1 failed on the way, 2 refused at the start."""
+    if len(arguments) > 1:
+        print(f'jaxkd: unexpected argument {arguments[1]!r}; flags start with --', file=sys.stderr)
+        return 2
+    if _CONFIG.value is None:
+        print('jaxkd: say what to do, such as --config=configs/mbv2.py', file=sys.stderr)
+        return 2
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    from jaxkd import errors, pipeline, watch  # JAX is slow to import: not for --help
+
+    config = _CONFIG.value
+    workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
+    finished = os.path.exists(os.path.join(workdir, 'report.json'))
+    try:
+        report = pipeline.run(config, workdir)
+    except (errors.ConfigError, errors.BudgetError) as error:
+        print(f'jaxkd: {error}', file=sys.stderr)
+        return 2
+    except (errors.JaxkdError, OSError) as error:
+        print(f'jaxkd: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'jaxkd: stopped; the same command goes on from {workdir}', file=sys.stderr)
+        return 130
+    if finished:
+        print(f'{workdir} holds a finished run:')
+    print(watch.compare(report))
+    print(f'compact network: {os.path.join(workdir, "compact")}')
+    return 0
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Which channels to keep. Knows graphs; knows no data and no training loop."""

@@ -1,0 +1,168 @@
+"""Blocks: named sets of channel groups with settings of their own, and what is asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxkd import errors
+from jaxkd.graph.trace import ChannelGroup, Graph, Keep
+
+Blocks = Sequence[tuple[str, Mapping[str, Any]]]
+SETTINGS = ('strength', 'min_keep', 'max_keep', 'freeze')
+RESOURCES = ('flops', 'params', 'activations')
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a block's settings mean for one group.
+
+    Attributes:
+      block: the pattern of the block, or '' for a group in none.
+      strength: factor of the penalty.
+      least, most: numbers of units.
+    """
+
+    block: str
+    strength: float
+    least: int
+    most: int
+
+
+def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
+    """The limits of every group of the graph.
+
+    Args:
+      graph: the traced network.
+      blocks: `[(pattern, settings), …]`. A pattern is a regular expression that is searched in the
+        group's name and in the paths of the parameters that make its channels; the first that
+        matches decides. Settings: `strength` (factor of the penalty, ≥ 0), `min_keep` and
+        `max_keep` (an int counts units, a float is a share), `freeze` (keep all).
+
+    Raises:
+      ConfigError: for a pattern that matches no group or an unknown or impossible setting.
+    """
+    checked = [(pattern, _check(pattern, settings)) for pattern, settings in blocks]
+    used = set()
+    limits = {}
+    for group in graph.groups:
+        block, settings = '', {}
+        for pattern, candidate in checked:
+            if any(re.search(pattern, name) for name in _producers(graph, group)):
+                used.add(pattern)
+                block, settings = pattern, candidate
+                break
+        least = _count(settings.get('min_keep', 1), group.size)
+        most = _count(settings.get('max_keep', group.size), group.size)
+        if settings.get('freeze') or group.frozen:
+            least = most = group.size
+        if least > most:
+            raise errors.ConfigError(
+                f'blocks[{block!r}].min_keep',
+                settings.get('min_keep'),
+                why=f'it is more than max_keep for the group {group.name} of {group.size} channels',
+            )
+        limits[group.name] = Limits(block, float(settings.get('strength', 1.0)), least, most)
+    for pattern, _ in checked:
+        if pattern not in used:
+            names = [group.name for group in graph.groups]
+            raise errors.ConfigError(
+                'blocks',
+                pattern,
+                why=f'it matches no channel group that is left; the groups are {", ".join(names)}',
+            )
+    return limits
+
+
+def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    field = f'blocks[{pattern!r}]'
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise errors.ConfigError('blocks', pattern, why=f'no regular expression: {error}') from None
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise errors.ConfigError(field, name, allowed=SETTINGS)
+        if name == 'freeze':
+            if not isinstance(value, bool):
+                raise errors.ConfigError(f'{field}.freeze', value, allowed=[True, False])
+        elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
+        elif isinstance(value, float) and value > 1 and name != 'strength':
+            raise errors.ConfigError(
+                f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
+            )
+    return dict(settings)
+
+
+def _count(value: float, size: int) -> int:
+    number = int(np.ceil(value * size - 1e-9)) if isinstance(value, float) else value
+    return min(max(number, 1), size)
+
+
+def _producers(graph: Graph, group: ChannelGroup) -> list[str]:
+    """The group's name, and the parameters whose last axis it has: those that make its channels."""
+    paths = [group.name]
+    for member in group.members:
+        leaf = graph.variables
+        for key in member.path.split('/'):
+            leaf = leaf[key]
+        if member.path.startswith('params/') and member.axis == len(leaf.shape) - 1:
+            paths.append(member.path.removeprefix('params/'))
+    return paths
+
+
+def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
+    """Budgets as absolute numbers, those that set no limit left out.
+
+    Args:
+      graph: the traced network.
+      **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1.
+
+    Raises:
+      ConfigError: for an unknown resource or a budget that is no positive number.
+    """
+    full = graph.cost()
+    result = {}
+    for resource, budget in asked.items():
+        if resource not in RESOURCES:
+            raise errors.ConfigError('budget', resource, allowed=RESOURCES)
+        if budget is None or budget == 1:
+            continue
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+            raise errors.ConfigError(
+                f'budget.{resource}',
+                budget,
+                why='it must be a share of the full network in (0, 1], or a number above 1',
+            )
+        absolute = budget * getattr(full, resource) if budget < 1 else float(budget)
+        if absolute < getattr(full, resource):
+            result[resource] = absolute
+    return result
+
+
+def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
+    """The smallest keep that the limits allow."""
+    return {group.name: np.arange(group.size) < limits[group.name].least for group in graph.groups}
+
+
+def check_reachable(
+    graph: Graph, limits: Mapping[str, Limits], budget: Mapping[str, float], keep: Keep
+) -> None:
+    """Raises BudgetError if even `keep`, the smallest allowed, costs more than the budget."""
+    full, cost = graph.cost(), graph.cost(keep)
+    for resource, asked in budget.items():
+        reachable = getattr(cost, resource)
+        if reachable > asked:
+            blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
+            stuck = sorted(g.name for g in graph.groups if g.frozen)
+            way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
+            raise errors.BudgetError(
+                f'{resource} of {asked:,.0f} ({asked / getattr(full, resource):.3f} of the full '
+                f'network) cannot be reached: with every limit used up {reachable:,} '
+                f'({reachable / getattr(full, resource):.3f}) remain; in the way: {way}'
+            )

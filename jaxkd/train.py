@@ -1,0 +1,301 @@
+"""Training steps, and the loop that runs them: jitted, donated, on a mesh of all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+from jax import sharding
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxkd import cpu, data
+
+P = sharding.PartitionSpec
+Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      step: int32 [], steps done.
+      params, batch_stats: the network's variables, nested dicts.
+      opt_state: the optimizer's.
+      ema: {'params', 'batch_stats'}: exponential moving averages of the variables.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+
+class Examples(NamedTuple):
+    """A part of a data set, ready for steps.
+
+    Attributes:
+      images: uint8 [size, height, width, channels] on the device, or None for a part that does
+        not fit there and is fetched batch by batch.
+      labels: int32 [size] on the device.
+      split: where they come from.
+    """
+
+    images: jax.Array | None
+    labels: jax.Array
+    split: data.Split
+
+
+class Preprocessing(NamedTuple):
+    """How images become inputs.
+
+    Attributes:
+      mean, std: float32 [channels], of pixels in [0, 1].
+      padding: pixels of zeros around the image that a random crop is taken from, in training.
+      flip: whether to mirror at random, in training.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    padding: int
+    flip: bool
+
+
+def make_mesh() -> sharding.Mesh:
+    """All devices along one axis, 'data'."""
+    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(sharding.AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: sharding.Mesh) -> Any:
+    """`tree` on every device of the mesh."""
+    return jax.device_put(tree, sharding.NamedSharding(mesh, P()))
+
+
+def put(split: data.Split, mesh: sharding.Mesh) -> Examples:
+    """A split on the devices, its images too if they are in memory."""
+    images = None if split.images is None else replicate(split.images, mesh)
+    return Examples(images, replicate(split.labels, mesh), split)
+
+
+def learning_rate(config: Mapping[str, Any], steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Cosine decay to `final_fraction` of the peak, after a linear warm-up.
+
+    Args:
+      config: `learning_rate` (the peak), `warmup_epochs`, `final_fraction`.
+      steps: length of the stage.
+      steps_per_epoch: steps in an epoch.
+    """
+    warmup = min(round(config['warmup_epochs'] * steps_per_epoch), steps - 1)
+    peak = config['learning_rate']
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=peak * config['final_fraction'],
+    )
+
+
+def optimizer(
+    config: Mapping[str, Any], schedule: optax.Schedule, *after: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with Nesterov momentum; weight decay on kernels alone; then what comes `after`."""
+    return optax.chain(
+        optax.add_decayed_weights(
+            config['weight_decay'], mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+        ),
+        optax.sgd(schedule, momentum=config['momentum'], nesterov=True),
+        *after,
+    )
+
+
+def create_state(variables: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. `variables` are copied: steps donate their state."""
+    params = jax.tree.map(jnp.array, variables['params'])
+    batch_stats = jax.tree.map(jnp.array, variables.get('batch_stats', {}))
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.array, {'params': params, 'batch_stats': batch_stats}),
+    )
+
+
+def variables(state: TrainState) -> dict[str, Any]:
+    """The variables that a state trains."""
+    return _variables(state.params, state.batch_stats)
+
+
+def averaged(state: TrainState) -> dict[str, Any]:
+    """The moving averages of the variables."""
+    return _variables(state.ema['params'], state.ema['batch_stats'])
+
+
+def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+    return {'params': params} | ({'batch_stats': batch_stats} if batch_stats else {})
+
+
+def hard_loss(label_smoothing: float) -> Loss:
+    """Cross-entropy with the labels, for each example."""
+
+    def loss(logits, teacher_logits, labels):
+        del teacher_logits
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets)
+
+    return loss
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    loss: Loss,
+    preprocessing: Preprocessing,
+    mesh: sharding.Mesh,
+    *,
+    seed: int,
+    ema_decay: float,
+    teacher: nn.Module | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A step `(state, batch, teacher_variables, extra) -> state, metrics`.
+
+    `batch` is what `batches` yields. `teacher_variables` are {} without a teacher; the teacher
+    runs in eval mode and sees the student's view. `extra` are further arguments of `tx.update`.
+    Metrics are float32 []: the batch's mean loss and accuracy. The state is donated.
+
+    The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
+    and gradients are those of the whole batch, however many devices there are.
+    """
+    everywhere = sharding.NamedSharding(mesh, P())
+    split = sharding.NamedSharding(mesh, P('data'))
+
+    def step(state, batch, teacher_variables, extra):
+        images, labels = _gather(batch, split)
+        view_key, dropout_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), state.step)
+        )
+        views = data.augment(
+            view_key, images, padding=preprocessing.padding, flip=preprocessing.flip
+        )
+        inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
+        with cpu.fast_convolutions():
+            teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
+
+            def objective(params):
+                logits, new = model.apply(
+                    _variables(params, state.batch_stats),
+                    inputs,
+                    train=True,
+                    mutable=['batch_stats'],
+                    rngs={'dropout': dropout_key},
+                )
+                logits = logits.astype(jnp.float32)
+                return jnp.mean(loss(logits, teacher_logits, labels)), (logits, new)
+
+            grad = jax.value_and_grad(objective, has_aux=True)
+            (value, (logits, new)), gradients = grad(state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
+        batch_stats = new.get('batch_stats', {})
+        # A short memory at first: the average of the first steps would be that of random weights.
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(
+            lambda old, new: old + (1 - decay) * (new - old),
+            state.ema,
+            {'params': params, 'batch_stats': batch_stats},
+        )
+        metrics = {
+            'loss': value,
+            'accuracy': jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32),
+        }
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
+def make_eval_step(
+    model: nn.Module, preprocessing: Preprocessing, mesh: sharding.Mesh
+) -> Callable[..., jax.Array]:
+    """A step `(variables, batch, valid) -> float32 [2]`: right answers and summed cross-entropy.
+
+    `valid` is bool [batch]: which examples count.
+    """
+    split = sharding.NamedSharding(mesh, P('data'))
+
+    def step(variables, batch, valid):
+        images, labels = _gather(batch, split)
+        inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
+        with cpu.fast_convolutions():
+            logits = model.apply(variables, inputs, train=False).astype(jnp.float32)
+        right = jnp.argmax(logits, -1) == labels
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.stack([jnp.sum(right & valid), jnp.sum(jnp.where(valid, losses, 0.0))])
+
+    return jax.jit(step, out_shardings=sharding.NamedSharding(mesh, P()))
+
+
+def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[Any, Any]:
+    """Images and labels of a batch, each device its part."""
+    images, labels = batch['images'], batch['labels']
+    if 'indices' in batch:
+        images, labels = images[batch['indices']], labels[batch['indices']]
+    images = jax.lax.with_sharding_constraint(images, split)
+    return images, jax.lax.with_sharding_constraint(labels, split)
+
+
+def make_batch(
+    examples: Examples, indices: np.ndarray, mesh: sharding.Mesh
+) -> dict[str, jax.Array]:
+    """The batch of the examples `indices`: gathered on the device if the images are there."""
+    split = sharding.NamedSharding(mesh, P('data'))
+    if examples.images is not None:
+        return {
+            'images': examples.images,
+            'labels': examples.labels,
+            'indices': jax.device_put(indices, split),
+        }
+    return {
+        'images': jax.device_put(examples.split.fetch(indices), split),
+        'labels': jax.device_put(examples.split.labels[indices], split),
+    }
+
+
+def batches(
+    examples: Examples, batch_size: int, mesh: sharding.Mesh, *, seed: int, start: int, stop: int
+) -> Iterable[dict[str, jax.Array]]:
+    """The batches of the steps from `start` to `stop`: a function of the seed and the step."""
+    per_epoch = steps_per_epoch(examples.split.size, batch_size)
+    order, known = None, None
+    for step in range(start, stop):
+        epoch, position = divmod(step, per_epoch)
+        if epoch != known:
+            order = data.epoch_order(examples.split.size, batch_size, seed=seed, epoch=epoch)
+            known = epoch
+        yield make_batch(examples, order[position], mesh)
+
+
+def steps_per_epoch(size: int, batch_size: int) -> int:
+    """Whole batches in one epoch; ConfigError if there is none."""
+    return len(data.epoch_order(size, batch_size, seed=0, epoch=0))
+
+
+def evaluate(
+    step: Callable[..., jax.Array],
+    variables: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: sharding.Mesh,
+) -> dict[str, float]:
+    """Accuracy, in [0, 1], and mean cross-entropy on all examples. `step` is an eval step."""
+    totals = [
+        step(variables, make_batch(examples, indices, mesh), valid)
+        for indices, valid in data.eval_batches(examples.split.size, batch_size)
+    ]
+    right, loss = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
+    size = examples.split.size
+    return {'accuracy': float(right / size), 'loss': float(loss / size)}

@@ -13,7 +13,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             'name': 'mobilenet_v2',
-            'arguments': {'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1), 'bn_momentum': 0.9},
+            'arguments': {'width': 1.0, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
         }
     )
     config.data = ml_collections.ConfigDict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import optax
 
@@ -26,8 +27,8 @@ def hinton(
       Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f'logits of student {student.shape} and teacher {teacher.shape} differ')
+    chex.assert_type([student, teacher], float)
+    chex.assert_equal_shape([student, teacher])
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
     return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)

@@ -33,7 +33,7 @@ from jaxkd.search import select as selecting
 
 STAGES = ('teacher', 'search', 'distil')
 # Rounds of control on the way down to the budget, and how many of them λ looks ahead.
-ROUNDS, LOOKAHEAD = 200, 10
+ROUNDS, LOOKAHEAD = 200, 40
 # Passes over the batch when inference is timed, networks taking turns.
 TIMINGS = 20
 

@@ -131,7 +131,7 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
     for resource, budget in asked.items():
         if resource not in RESOURCES:
             raise errors.ConfigError('budget', resource, allowed=RESOURCES)
-        if budget is None or budget == 1:
+        if budget is None:
             continue
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
             raise errors.ConfigError(
@@ -139,7 +139,7 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
                 budget,
                 why='it must be a share of the full network in (0, 1], or a number above 1',
             )
-        absolute = budget * getattr(full, resource) if budget < 1 else float(budget)
+        absolute = budget * getattr(full, resource) if budget <= 1 else float(budget)
         if absolute < getattr(full, resource):
             result[resource] = absolute
     return result

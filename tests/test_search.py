@@ -1,0 +1,326 @@
+"""The pure pieces of the search, against cases computed by hand."""
+
+import chex
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkd import errors
+from jaxkd.graph import trace as tracing
+from jaxkd.search import blocks, control, criteria, gates, penalty
+from jaxkd.search import select as selecting
+
+
+class Chain(nn.Module):
+    """x[1] → a[4] → b[6] → out[2], all 1×1 on a 1×1 image, so that
+
+    multiply-adds = 1·A + A·B + B·2   and   parameters = (A + 2A) + (A·B + 2B) + (2B + 2)
+
+    with A of a's 4 and B of b's 6 channels alive (a BatchNorm has two parameters a channel).
+    """
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for name, features in (('one', 4), ('two', 6)):
+            x = nn.Conv(features, (1, 1), use_bias=False, name=name)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f'{name}_bn')(x))
+        return nn.Dense(2, name='out')(x.mean((1, 2)))
+
+
+class Residual(nn.Module):
+    """Two convolutions whose outputs are summed: one group with two BatchNorms."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(3, (1, 1), name='one')(x)
+        x = nn.BatchNorm(use_running_average=not train, name='one_bn')(x)
+        y = nn.Conv(3, (1, 1), name='two')(x)
+        y = nn.BatchNorm(use_running_average=not train, name='two_bn')(y)
+        return nn.Dense(2, name='out')((x + y).mean((1, 2)))
+
+
+@pytest.fixture(scope='module')
+def chain():
+    return _traced(Chain())
+
+
+def _traced(model):
+    image = jnp.ones((1, 1, 1, 1))
+    variables = model.init(jax.random.key(0), image)
+    return tracing.trace(model, variables, image), variables
+
+
+def _with_scales(variables, **scales):
+    params = dict(variables['params'])
+    for name, scale in scales.items():
+        params[name] = {**params[name], 'scale': jnp.array(scale, jnp.float32)}
+    return params
+
+
+def test_gates_are_the_scales_of_a_group(chain):
+    graph, _ = chain
+    found = gates.find(graph)
+    assert {name: [gate.layer for gate in group] for name, group in found.items()} == {
+        'one': [('one_bn',)],
+        'two': [('two_bn',)],
+    }
+    residual, variables = _traced(Residual())
+    params = _with_scales(variables, one_bn=[1.0, -2.0, 0.0], two_bn=[3.0, 0.5, 0.0])
+    found = gates.find(residual)
+    assert list(found) == ['one']
+    chex.assert_trees_all_close(gates.effort(found, params)['one'], np.array([4.0, 2.5, 0.0]))
+    chex.assert_trees_all_close(
+        gates.effort(found, params, 'l2')['one'], np.array([10**0.5, 4.25**0.5, 0.0]), rtol=1e-6
+    )
+
+
+def test_shrink_lowers_the_largest_scales_first():
+    """Scales (3, 1), threshold 1: 3 → 2. Threshold 3: both at θ with (3-θ)+(1-θ) = 3: ½.
+
+    Threshold 4 closes. For 'l2', scales (3, 4) with threshold 1 shrink by 1 - 1/5.
+    """
+    graph, variables = _traced(Residual())
+    found = gates.find(graph)
+    params = _with_scales(variables, one_bn=[3.0, -3.0, 3.0], two_bn=[1.0, 1.0, -1.0])
+    params['one_bn']['bias'] = jnp.full(3, 6.0)
+    shrunk = gates.shrink(found, params, {'one': np.array([1.0, 3.0, 4.0])})
+    chex.assert_trees_all_close(shrunk['one_bn']['scale'], np.array([2.0, -0.5, 0.0]), atol=1e-6)
+    chex.assert_trees_all_close(shrunk['two_bn']['scale'], np.array([1.0, 0.5, 0.0]), atol=1e-6)
+    chex.assert_trees_all_close(shrunk['one_bn']['bias'], np.array([4.0, 1.0, 0.0]), atol=1e-6)
+    assert float(shrunk['two_bn']['scale'][2]) == 0.0  # exactly
+
+    params = _with_scales(variables, one_bn=[3.0, 3.0, 0.0], two_bn=[4.0, 4.0, 0.0])
+    shrunk = gates.shrink(found, params, {'one': np.array([1.0, np.inf, 1.0])}, 'l2')
+    chex.assert_trees_all_close(shrunk['one_bn']['scale'], np.array([2.4, 0.0, 0.0]), atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(0, 4), min_size=2, max_size=2), st.floats(0.001, 6), st.integers(0, 2**31)
+)
+def test_shrink_is_the_proximal_point(scales, threshold, seed):
+    """No other point has a smaller ½‖s - scales‖² + threshold · max|s|."""
+    graph, variables = _traced(Residual())
+    found = gates.find(graph)
+    params = _with_scales(variables, one_bn=[scales[0]] * 3, two_bn=[scales[1]] * 3)
+    shrunk = gates.shrink(found, params, {'one': np.full(3, threshold)})
+    point = np.array([shrunk['one_bn']['scale'][0], shrunk['two_bn']['scale'][0]], float)
+
+    def objective(s):
+        return 0.5 * np.sum((s - np.array(scales)) ** 2) + threshold * np.max(np.abs(s))
+
+    others = point + np.random.default_rng(seed).normal(size=(200, 2)) * 0.1
+    assert all(objective(point) <= objective(other) + 1e-5 for other in others)
+
+
+def test_proximal_follows_the_optimizer(chain):
+    """SGD at rate 0.1 moves scale 1 by -0.1·2 to 0.8; strength 3 lowers it by 0.1·3 to 0.5."""
+    graph, variables = chain
+    found = gates.find(graph)
+    tx = optax.chain(optax.sgd(0.1), penalty.proximal(found, 0.1))
+    params = _with_scales(variables, one_bn=[1.0] * 4, two_bn=[1.0] * 6)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    gradients['one_bn']['scale'] = jnp.full(4, 2.0)
+    strength = {'one': jnp.array([0.0, 3.0, 8.0, jnp.inf]), 'two': jnp.zeros(6)}
+    updates, _ = tx.update(gradients, tx.init(params), params, strength=strength)
+    stepped = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(
+        stepped['one_bn']['scale'], np.array([0.8, 0.5, 0.0, 0.0]), atol=1e-6
+    )
+    chex.assert_trees_all_close(stepped['two_bn']['scale'], np.ones(6))
+
+
+def test_price_is_what_one_channel_costs(chain):
+    """At A=4, B=6 a channel of a costs 1+B = 7 multiply-adds, one of b costs A+2 = 6."""
+    graph, _ = chain
+    assert graph.cost().flops == 4 + 24 + 12
+    price = graph.price(None, 'flops')
+    np.testing.assert_array_equal(price['one'], np.full(4, 7.0))
+    np.testing.assert_array_equal(price['two'], np.full(6, 6.0))
+    np.testing.assert_array_equal(graph.price(None, 'params')['one'], np.full(4, 3.0 + 6))
+
+
+def test_select_takes_the_best_score_per_price(chain):
+    """Budget 21 of 40. Of all keeps within it, A=3, B=3 with the best units: 3+9+6 = 18, and A=2,
+    B=4: 2+8+8 = 18, A=1, B=6: 1+6+12 = 19, …; the scores below make A=3, B=3 the best."""
+    graph, _ = chain
+    scores = {'one': np.array([9.0, 8.0, 7.0, 0.1]), 'two': np.array([9.0, 8.0, 7.0, 0.3, 0.2, 0.1])}
+    keep = selecting.select(graph, scores, flops=21)
+    np.testing.assert_array_equal(keep['one'], [True, True, True, False])
+    np.testing.assert_array_equal(keep['two'], [True, True, True, False, False, False])
+
+
+def test_select_meets_several_budgets_and_limits(chain):
+    graph, _ = chain
+    rng = np.random.default_rng(0)
+    scores = {'one': rng.random(4), 'two': rng.random(6)}
+    keep = selecting.select(graph, scores, flops=0.6, params=0.5)
+    cost, full = graph.cost(keep), graph.cost()
+    assert cost.flops <= 0.6 * full.flops and cost.params <= 0.5 * full.params
+    asked = [('^one', {'min_keep': 4}), ('two', {'max_keep': 0.5})]
+    keep = selecting.select(graph, scores, blocks=asked)
+    assert keep['one'].sum() == 4 and keep['two'].sum() == 3
+    keep = selecting.select(graph, scores, flops=0.9, blocks=[('one', {'freeze': True})])
+    assert keep['one'].all() and not keep['two'].all()
+    assert all(k.all() for k in selecting.select(graph, scores, flops=1.0).values())
+
+
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(4):
+            x = nn.Conv(64, (3, 3), name=f'conv{i}')(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f'bn{i}')(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.05, 0.95), st.sampled_from(['flops', 'params']), st.integers(0, 100))
+def test_select_lands_just_below_the_budget(budget, resource, seed):
+    graph, _ = _wide()
+    rng = np.random.default_rng(seed)
+    scores = {g.name: rng.exponential(size=g.size) for g in graph.groups if not g.frozen}
+    cost = graph.cost(selecting.select(graph, scores, **{resource: budget}))
+    reached = getattr(cost, resource) / getattr(graph.cost(), resource)
+    assert 0.99 * budget <= reached <= budget
+
+
+_WIDE = []
+
+
+def _wide():
+    if not _WIDE:
+        image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+        variables = jax.eval_shape(Wide().init, jax.random.key(0), image)
+        _WIDE.append((tracing.trace(Wide(), variables, image), variables))
+    return _WIDE[0]
+
+
+def test_what_cannot_be_asked(chain):
+    graph, _ = chain
+    scores = {'one': np.ones(4), 'two': np.ones(6)}
+    with pytest.raises(errors.BudgetError, match=r'cannot be reached.*blocks one'):
+        selecting.select(graph, scores, flops=0.2, blocks=[('one', {'min_keep': 4}), ('two', {})])
+    with pytest.raises(errors.ConfigError, match='matches no channel group.*one, two'):
+        blocks.resolve(graph, [('conv9', {})])
+    with pytest.raises(errors.ConfigError, match='did you mean strength'):
+        blocks.resolve(graph, [('one', {'strenght': 2.0})])
+    with pytest.raises(errors.ConfigError, match='more than max_keep'):
+        blocks.resolve(graph, [('one', {'min_keep': 3, 'max_keep': 2})])
+    for wrong in (0, -0.5, 'half', True):
+        with pytest.raises(errors.ConfigError, match='budget.flops'):
+            selecting.select(graph, scores, flops=wrong)
+
+
+def test_first_block_that_matches_decides(chain):
+    graph, _ = chain
+    limits = blocks.resolve(graph, [('one', {'strength': 0.0}), ('.', {'min_keep': 0.5})])
+    assert (limits['one'].block, limits['one'].strength, limits['one'].least) == ('one', 0.0, 1)
+    assert (limits['two'].block, limits['two'].strength, limits['two'].least) == ('.', 1.0, 3)
+
+
+def test_schedule():
+    assert control.schedule(0.0, 0.25) == 1.0
+    assert control.schedule(0.5, 0.25) == 0.5
+    assert control.schedule(1.0, 0.25) == control.schedule(2.0, 0.25) == 0.25
+
+
+def _decide(graph, state, efforts, budget, progress, **limits):
+    return control.decide(
+        graph,
+        state,
+        efforts,
+        blocks.resolve(graph, limits.pop('blocks', ())),
+        blocks.budgets(graph, flops=budget),
+        progress=progress,
+        horizon=0.1,
+        period=0.01,
+        rate=2.0,
+    )
+
+
+def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
+    """At progress 0.9 and beyond the goal is 0.7·1.01 of 40 = 28.28 multiply-adds.
+
+    Prices as shares of the full network: 7/40 for a's, 6/40 for b's channels. Closing b's weakest
+    two (efforts 0.3, 0.6) leaves 4+16+8 = 28 ≤ 28.28; one leaves 34. So the thresholds of the
+    horizon must add up to 0.6 for b: λ · 2.0 · 6/40 = 0.6, that is λ = 2.
+    """
+    graph, _ = chain
+    efforts = {'one': np.full(4, 50.0), 'two': np.array([0.3, 0.6, 9.0, 9.0, 9.0, 9.0])}
+    state = control.initial(efforts)._replace(correction=np.array(1.0))
+    state = _decide(graph, state, efforts, 0.7, 1.0)
+    np.testing.assert_allclose(state.penalty, 2.0 * state.correction, rtol=1e-6)
+    assert state.correction > 1.0  # 40 alive where 28 are due
+    strongest = np.argmax(efforts['one'])
+    np.testing.assert_allclose(
+        state.strength['one'][strongest + 1 :], state.penalty * 7 / 40, rtol=1e-6
+    )
+    assert state.strength['one'][strongest] == 0.0  # the last of a group is never pressed
+
+
+def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):
+    graph, _ = chain
+    efforts = {'one': np.full(4, 5.0), 'two': np.array([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])}
+    state = _decide(graph, control.initial(efforts), efforts, 0.7, 1.0)
+    assert state.penalty == 0.0
+    np.testing.assert_array_equal(state.strength['two'], [np.inf, np.inf, 0, 0, 0, 0])
+    assert graph.cost(control.alive(graph, state)).flops == 28
+
+
+def test_strength_of_a_block_moves_the_pressure(chain):
+    graph, _ = chain
+    efforts = {'one': np.arange(1.0, 5.0), 'two': np.arange(1.0, 7.0)}
+    state = _decide(
+        graph, control.initial(efforts), efforts, 0.5, 0.5, blocks=[('one', {'strength': 0.0})]
+    )
+    assert not state.strength['one'].any() and state.strength['two'].any()
+
+
+def test_controller_follows_the_schedule_against_a_pull():
+    """Gates that are pulled back by a constant, as a loss would: the cost still ends at budget."""
+    graph, _ = _wide()
+    rng = np.random.default_rng(0)
+    start = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
+    for pull in (0.0, 0.002, 0.02):
+        efforts = {name: e.copy() for name, e in start.items()}
+        state = control.initial(efforts)
+        rounds, rate = 100, 0.05
+        worst = 0.0
+        for i in range(rounds + 30):
+            state = control.decide(
+                graph,
+                state,
+                efforts,
+                blocks.resolve(graph),
+                blocks.budgets(graph, flops=0.4),
+                progress=i / rounds,
+                horizon=0.1,
+                period=0.01,
+                rate=10 * rate,
+            )
+            share = graph.cost(control.alive(graph, state)).flops / graph.cost().flops
+            worst = max(worst, control.schedule(i / rounds, 0.404) - share)
+            for name, effort in efforts.items():
+                back = np.where(state.closed[name], 0.0, pull * rng.random(len(effort)))
+                efforts[name] = np.maximum(effort + back - rate * state.strength[name], 0.0)
+        assert share <= 0.41 and share >= 0.37, (pull, share)
+        assert worst < 0.05, (pull, worst)  # never far below the schedule either
+
+
+def test_criteria_rank_by_size(chain):
+    graph, variables = chain
+    params = _with_scales(variables, one_bn=[0.1, -3.0, 2.0, 1.0], two_bn=[1.0] * 6)
+    kernel = jnp.zeros((1, 1, 4, 6)).at[0, 0, :, 2].set(1.0).at[0, 0, 0, 4].set(-3.0)
+    params['two'] = {'kernel': kernel}
+    variables = {**variables, 'params': params}
+    # Σ|w| of b's filters: 4 for the third, 3 for the fifth, 0 elsewhere: mean 7/6.
+    np.testing.assert_allclose(criteria.l1(graph, variables)['two'] * 7 / 6, [0, 0, 4, 0, 3, 0])
+    # Norms: 2 and 3: mean 5/6.
+    np.testing.assert_allclose(criteria.l2(graph, variables)['two'] * 5 / 6, [0, 0, 2, 0, 3, 0])
+    np.testing.assert_allclose(criteria.bn_scale(graph, variables)['one'], [0.1, 3, 2, 1], rtol=1e-6)

@@ -1,0 +1,145 @@
+"""Real steps on a tiny network."""
+
+import os
+import subprocess
+import sys
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import data, errors, train
+
+CONFIG = {
+    'learning_rate': 0.1,
+    'warmup_epochs': 1.0,
+    'final_fraction': 0.1,
+    'momentum': 0.9,
+    'weight_decay': 0.0,
+}
+PREPROCESSING = train.Preprocessing(np.full(1, 0.3), np.full(1, 0.4), 1, False)
+
+
+class Tiny(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def _learn(steps, in_memory=True, teacher=False):
+    """Losses of the first steps on digits, and the last state."""
+    mesh = train.make_mesh()
+    split = data.load('digits', 'train')
+    examples = train.put(split if in_memory else split._replace(images=None), mesh)
+    schedule = train.learning_rate(CONFIG, 40, 20)
+    tx = train.optimizer(CONFIG, schedule)
+    model = Tiny()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    state = train.replicate(train.create_state(variables, tx), mesh)
+    step = train.make_train_step(
+        model,
+        tx,
+        train.hard_loss(0.0),
+        PREPROCESSING,
+        mesh,
+        seed=0,
+        ema_decay=0.9,
+        teacher=model if teacher else None,
+    )
+    losses = []
+    for batch in train.batches(examples, 64, mesh, seed=0, start=0, stop=steps):
+        state, metrics = step(state, batch, variables if teacher else {}, {})
+        losses.append(float(metrics['loss']))
+    return losses, state, model, examples, mesh
+
+
+def test_steps_learn_and_move_everything():
+    losses, state, model, examples, mesh = _learn(30)
+    assert losses[-1] < 0.6 * losses[0]
+    assert int(state.step) == 30
+    chex.assert_trees_all_equal_shapes(train.variables(state), train.averaged(state))
+    assert np.any(state.batch_stats['BatchNorm_0']['mean'])
+    eval_step = train.make_eval_step(model, PREPROCESSING, mesh)
+    everything = train.evaluate(eval_step, train.averaged(state), examples, 64, mesh)
+    odd = train.evaluate(eval_step, train.averaged(state), examples, 77, mesh)
+    assert everything['accuracy'] > 0.5
+    assert everything['accuracy'] == odd['accuracy']  # the filled-up batch counts nobody twice
+    np.testing.assert_allclose(everything['loss'], odd['loss'], rtol=1e-5)
+
+
+def test_images_from_the_host_train_alike():
+    np.testing.assert_allclose(_learn(5)[0], _learn(5, in_memory=False)[0], rtol=1e-5)
+
+
+def test_a_teacher_changes_nothing_that_the_loss_does_not_use():
+    np.testing.assert_allclose(_learn(5)[0], _learn(5, teacher=True)[0], rtol=1e-5)
+
+
+def test_learning_rate_by_hand():
+    """Peak 0.1 after 20 steps of warm-up from 0.1/21, cosine to 0.01 at step 40."""
+    schedule = train.learning_rate(CONFIG, 40, 20)
+    np.testing.assert_allclose(schedule(0), 0.1 / 21, rtol=1e-6)
+    np.testing.assert_allclose(schedule(20), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(schedule(30), 0.055, rtol=1e-6)
+    np.testing.assert_allclose(schedule(40), 0.01, rtol=1e-6)
+
+
+def test_weight_decay_is_for_kernels():
+    tx = train.optimizer({**CONFIG, 'weight_decay': 0.5, 'momentum': 0.0}, lambda step: 1.0)
+    params = {'kernel': jnp.ones((2, 2)), 'scale': jnp.ones(2)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates['kernel'], -0.5)
+    np.testing.assert_allclose(updates['scale'], 0.0)
+
+
+def test_smoothed_labels_by_hand():
+    """Smoothing 0.2 of 2 classes: targets (0.9, 0.1); uniform logits cost ln 2 whatever they are."""
+    logits = jnp.array([[0.0, 0.0], [np.log(3.0), 0.0]])
+    loss = train.hard_loss(0.2)(logits, None, jnp.array([0, 0]))
+    expected = [np.log(2), -0.9 * np.log(0.75) - 0.1 * np.log(0.25)]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_batches_depend_on_the_step_alone():
+    mesh = train.make_mesh()
+    examples = train.put(data.load('digits', 'train'), mesh)
+    whole = [b['indices'] for b in train.batches(examples, 64, mesh, seed=3, start=0, stop=40)]
+    rest = [b['indices'] for b in train.batches(examples, 64, mesh, seed=3, start=25, stop=40)]
+    chex.assert_trees_all_equal(whole[25:], rest)
+    first_epoch = np.concatenate(whole[: train.steps_per_epoch(examples.split.size, 64)])
+    assert len(set(first_epoch.tolist())) == len(first_epoch)
+
+
+def test_batch_larger_than_the_data():
+    with pytest.raises(errors.ConfigError, match='batch_size'):
+        train.steps_per_epoch(10, 64)
+
+
+def test_number_of_devices_does_not_change_the_result():
+    program = 'from tests.test_train import _learn; import jax; print(jax.device_count()); ' + (
+        'print(*_learn(6)[0])'
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    runs = []
+    for devices in (1, 8):
+        environment = os.environ | {
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            'JAX_PLATFORMS': 'cpu',
+            'PYTHONPATH': root,
+        }
+        output = subprocess.run(
+            [sys.executable, '-c', program],
+            env=environment,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        assert output[0] == str(devices)
+        runs.append([float(loss) for loss in output[1:]])
+    np.testing.assert_allclose(runs[0], runs[1], rtol=2e-4)

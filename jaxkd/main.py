@@ -56,5 +56,37 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses the flags, which runs the config file; whatever is wrong with them is one sentence."""
+    try:
+        rest = FLAGS(arguments)
+        if _CONFIG.value is not None:
+            _CONFIG.value.to_dict()  # a missing file is an error only when it is used
+        return rest
+    except Exception as error:  # a config file is a program: it can raise anything
+        print(f'jaxkd: {_explain(error, arguments)}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: BaseException, arguments: list[str]) -> str:
+    """One sentence from a chain of errors."""
+    chain = [error]
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+        chain.append(error)
+    words = [' '.join(str(e.args[0] if len(e.args) == 1 else e).split()) for e in chain]
+    if isinstance(error, KeyError | AttributeError):  # an override of a field that is not there
+        field = words[-1].strip("'")
+        advice = next((w[w.index('Did you mean') :] for w in words if 'Did you mean' in w), '')
+        for argument in arguments:
+            path = argument.lstrip('-').partition('=')[0]
+            if field in path.split('.'):
+                return f'--{path}: there is no field {field!r}. {advice}'.rstrip()
+    if isinstance(error, flags.Error):
+        return words[-1]
+    config = ' '.join(a for a in arguments if a.startswith('--config'))
+    return f'{config}: {words[-1] or type(error).__name__}'
+
+
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=_parse)

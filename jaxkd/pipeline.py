@@ -71,8 +71,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         return finished
     mesh = train.make_mesh()
     model, info, graph, limits, budget = _plan(config)
-    _claim(workdir, config)
-
     part = {
         name: data.load(
             config.data.name,
@@ -89,7 +87,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         (name, _steps(config[name], part['train']), weight)
         for name, weight in zip(STAGES, (1.0, 1.3, 0.9), strict=True)
     ]
-    with watch.MetricsLog(workdir) as log, watch.Display(lengths) as display:
+    full = {
+        f'alive_{resource}': getattr(graph.cost(), resource) for resource in ('flops', 'params')
+    }
+    with watch.MetricsLog(workdir) as log, watch.Display(lengths, full=full) as display:
         run_ = Run(
             config=config,
             workdir=workdir,
@@ -402,7 +403,14 @@ def _schedule(run: Run, name: str) -> tuple[int, Callable[..., Any]]:
 
 
 def _blocks(config: ml_collections.ConfigDict) -> blocking.Blocks:
-    return [(pattern, dict(settings)) for pattern, settings in config.blocks]
+    try:
+        return [(str(pattern), dict(settings)) for pattern, settings in config.blocks]
+    except (TypeError, ValueError):
+        raise errors.ConfigError(
+            'blocks',
+            config.blocks,
+            why="it must be a tuple of pairs, such as (('block1/', {'strength': 2.0}),)",
+        ) from None
 
 
 def _plan(config: ml_collections.ConfigDict) -> tuple[Any, ...]:

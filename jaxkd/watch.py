@@ -1,0 +1,530 @@
+"""What a person and a plotting tool see of a run: metrics on disk, progress, the final table.
+
+with MetricsLog(workdir) as log, Display([('teacher', 400), ('search', 400, 1.3)]) as display:
+    display.start('teacher')
+    for step in range(1, 401):
+        ...
+        log.write({'stage': 'teacher', 'step': step, 'loss': loss})
+        display.update('teacher', step, loss=loss)
+    display.finish('teacher')
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import errno
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any, TextIO
+
+import rich.console
+import rich.live
+import rich.progress_bar
+import rich.table
+import rich.text
+
+from jaxkd.errors import CheckpointError, ConfigError
+
+# Metrics on disk
+
+
+class MetricsLog:
+    """Rows of metrics in `workdir/metrics.jsonl`, and their numbers in TensorBoard event files.
+
+    A context manager. The JSON lines are the record: each row is on disk when `write` returns, and
+    a last line that a kill left half written is taken away on opening. The event files are made
+    from them, anew when a run goes on (with the time of that moment; steps are what they were).
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        """Makes `workdir` where it is missing.
+
+        Raises:
+          CheckpointError: when a row that is already there is damaged.
+        """
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._path = self._workdir / 'metrics.jsonl'
+        if self._path.exists():
+            content = self._path.read_bytes()
+            rows = _parse(content, self._path)
+            if content.count(b'\n') != len(rows) or not content.endswith(b'\n'):
+                _rewrite(self._path, rows)
+        self._file: io.FileIO | None = None
+        self._events: Any = None
+
+    def __enter__(self) -> MetricsLog:
+        self._file = open(self._path, 'ab', buffering=0)  # noqa: SIM115 (closed in __exit__)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row.
+
+        Args:
+          row: 'stage': str, 'step': int, and further numbers, texts or None by name. Numbers may be
+            scalars of Python, NumPy or JAX; one that is not finite is written as null.
+
+        Raises:
+          ValueError: without 'stage' or 'step', or for values that are not scalars.
+          OSError: when the disk is full.
+        """
+        row = {key: _plain(key, value) for key, value in row.items()}
+        if not isinstance(row.get('stage'), str) or not isinstance(row.get('step'), int):
+            raise ValueError(f"a row needs 'stage', a text, and 'step', a whole number; got {row}")
+        if self._file is None:
+            raise ValueError('a MetricsLog is written inside its with statement')
+        if self._events is None:
+            self._events = _make_events(self._workdir, read_metrics(self._workdir))
+        line = (json.dumps(row, allow_nan=False) + '\n').encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        _add_events(self._events, row)
+
+    def rewind(self, stage: str, step: int, *, later: Sequence[str] = ()) -> None:
+        """Forgets what comes after a step: a resumed run leaves the rows of an unkilled one.
+
+        Args:
+          stage: the stage that goes on; its rows with a larger step are dropped.
+          step: the last step that is kept.
+          later: stages all of whose rows are dropped.
+        """
+        rows = read_metrics(self._workdir)
+        kept = [
+            row
+            for row in rows
+            if row['stage'] not in later and not (row['stage'] == stage and row['step'] > step)
+        ]
+        if len(kept) == len(rows):
+            return
+        opened = self._file is not None
+        self.__exit__()
+        _rewrite(self._path, kept)
+        _make_events(self._workdir, kept).close()
+        if opened:
+            self.__enter__()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of `workdir/metrics.jsonl` in the order they were written; [] without such a file.
+
+    A last line that is half written is left out. What was not a finite number is None.
+
+    Raises:
+      CheckpointError: when any other line is damaged.
+    """
+    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    return _parse(path.read_bytes(), path) if path.exists() else []
+
+
+def _parse(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
+    rows = []
+    lines = content.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {'stage', 'step'} <= row.keys():
+                raise ValueError('no row')
+        except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            if number == len(lines) and not content.endswith(b'\n'):
+                break
+            raise CheckpointError(
+                path, f'line {number} is damaged; delete that line and start again'
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def _rewrite(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    aside = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        with open(aside, 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON knows it."""
+    if hasattr(value, 'item') and getattr(value, 'ndim', 0) == 0:  # NumPy's and JAX's scalars
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(f'metrics are numbers and texts, but {key} is a {type(value).__name__}')
+
+
+_EVENTS_SUFFIX = '.jaxkd'  # tells these event files from other people's
+
+
+def _make_events(workdir: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> Any:
+    """A writer of TensorBoard events that has written `rows`; earlier runs' files are removed."""
+    import tensorboardX  # takes 0.3 s, and not all who import this module write events
+
+    earlier = list(workdir.glob(f'events.*{_EVENTS_SUFFIX}'))
+    # Names contain the second. A writer that is opened within the same one would append.
+    for path in earlier:
+        path.unlink()
+    writer = tensorboardX.SummaryWriter(
+        str(workdir), flush_secs=10, filename_suffix=_EVENTS_SUFFIX, write_to_disk=True
+    )
+    for row in rows:
+        _add_events(writer, row)
+    writer.flush()
+    return writer
+
+
+def _add_events(writer: Any, row: Mapping[str, Any]) -> None:
+    for key, value in row.items():
+        if key != 'step' and isinstance(value, (int, float)) and not isinstance(value, bool):
+            writer.add_scalar(f'{row["stage"]}/{key}', value, row['step'])
+
+
+# Progress
+
+
+class _Stage:
+    """What the display knows of one stage."""
+
+    def __init__(self, name: str, total: int, weight: float = 1.0):
+        self.name, self.total, self.weight = name, total, weight
+        self.step = 0
+        self.state = 'waiting'  # then 'running', then 'finished'
+        self.newest: dict[str, Any] = {}  # as handed in
+        # What is shown, which the terminal's thread reads: replaced as a whole, never changed.
+        self.values: dict[str, float | None] = {}
+        # (time, step), half a second apart at least: the last of them give the present speed. The
+        # first comes with the first update, so that compiling is not taken for slowness.
+        self.samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=60)
+
+    def seconds_per_step(self) -> float | None:
+        if len(self.samples) < 2:
+            return None
+        (first, start), (last, stop) = self.samples[0], self.samples[-1]
+        return (last - first) / (stop - start)
+
+
+class Display:
+    """Shows the progress of a run of several stages.
+
+    A context manager. On a terminal it is a block of lines that stays in place, one for each stage;
+    elsewhere, such as in a file or a CI log, plain lines: the first and last of each stage and
+    otherwise one each ten seconds. An exception leaves the terminal as it was found.
+
+    Args:
+      stages: (name, number of steps) of each stage in order, with the relative cost of one of its
+        steps as an optional third element (1 by default), by which the time of stages that have not
+        begun is foretold.
+      stream: where to write; standard error by default, so that standard output is left to results.
+      full: the whole network's numbers, such as {'alive_flops': 312_000_000}; values of that name
+        are shown as fractions of them, too.
+      clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[str, int] | tuple[str, int, float]],
+        *,
+        stream: TextIO | None = None,
+        full: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stages = {stage[0]: _Stage(*stage) for stage in stages}
+        self._stream = sys.stderr if stream is None else stream
+        self._full = dict(full or {})
+        self._clock = clock
+        self._speed: tuple[float, float] | None = None  # (seconds per step, weight) measured last
+        self._measured = 0.0  # when
+        self._shown = -math.inf  # when values were last taken or a line was printed
+        self._line: tuple[str, int] | None = None  # stage and step of the last plain line
+        self._live: rich.live.Live | None = None
+        self._console = rich.console.Console(file=self._stream, force_terminal=True)
+        self._terminal = self._stream.isatty() and os.environ.get('TERM') not in ('dumb', 'unknown')
+
+    def __enter__(self) -> Display:
+        if self._terminal:
+            self._live = rich.live.Live(
+                console=self._console,
+                get_renderable=self._render,
+                refresh_per_second=4,
+                # Printed text goes above the lines, but not to the terminal if it went elsewhere.
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def start(self, stage: str, done: int = 0) -> None:
+        """Begins a stage, or goes on with it after `done` steps."""
+        now = self._stage(stage)
+        now.state, now.step = 'running', done
+        now.samples.clear()
+        self._measured = self._clock()  # what came between two stages is not taken off the ETA
+        self._shown = -math.inf
+
+    def update(self, stage: str, step: int, **values: Any) -> None:
+        """Tells how far a stage is, and the newest values.
+
+        Cheap enough for every step: a JAX scalar is waited for only when it is shown.
+
+        Args:
+          stage: its name.
+          step: number of steps done.
+          **values: numbers by name. 'loss', 'accuracy' and others are shown as they are,
+            'alive_flops', 'alive_params', 'flops', 'params' as counts or, up to 1, as fractions,
+            'examples_per_second' as a rate. None is left out.
+        """
+        now = self._stage(stage)
+        if now.state != 'running':
+            self.start(stage, step)
+        now.step = step
+        clock = self._clock()
+        samples = now.samples
+        if not samples or (clock - samples[-1][0] >= 0.5 and step > samples[-1][1]):
+            samples.append((clock, step))
+            speed = now.seconds_per_step()
+            if speed is not None:
+                self._speed = speed, now.weight
+                self._measured = clock
+        now.newest |= values
+        if clock - self._shown < (0.2 if self._terminal else 10.0):
+            return
+        self._shown = clock
+        now.values = _numbers(now.newest)
+        if not self._terminal:
+            self._print(now)
+
+    def finish(self, stage: str) -> None:
+        """Ends a stage; one that was not begun is taken to have been done by an earlier run."""
+        now = self._stage(stage)
+        before = now.state != 'running'
+        now.state = 'finished'
+        now.step = now.total if before else now.step
+        now.values = _numbers(now.newest)
+        if self._terminal:
+            return
+        if before:
+            print(f'[{stage}] done before', file=self._stream, flush=True)
+        elif self._line != (stage, now.step):
+            self._print(now)
+
+    def message(self, text: str) -> None:
+        """Shows a line that stays."""
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def eta(self, stage: str | None = None) -> float | None:
+        """Seconds that a stage, or the whole run, will still take; None before it can be known."""
+        if stage is None:
+            left = [self._left(one) for one in self._stages.values() if one.state != 'finished']
+        else:
+            left = [self._left(self._stage(stage))]
+        if self._speed is None:
+            return None
+        since = self._clock() - self._measured
+        return max(0.0, self._speed[0] / self._speed[1] * sum(left) - since)
+
+    def _left(self, stage: _Stage) -> float:
+        """Steps left, in steps of weight 1."""
+        done = stage.step
+        if stage.state == 'running' and stage.samples:
+            done = stage.samples[-1][1]  # the time since then is taken off elsewhere
+        return 0.0 if stage.state == 'finished' else max(0, stage.total - done) * stage.weight
+
+    def _stage(self, name: str) -> _Stage:
+        if name not in self._stages:
+            raise ConfigError('stage', name, allowed=self._stages)
+        return self._stages[name]
+
+    def _words(self, stage: _Stage) -> list[str]:
+        return [
+            _word(key, value, self._full.get(key))
+            for key, value in stage.values.items()
+            if value is not None
+        ]
+
+    def _print(self, stage: _Stage) -> None:
+        percent = 100 * stage.step // max(1, stage.total)
+        line = f'[{stage.name} {stage.step}/{stage.total} {percent}%] '
+        line += ' '.join(self._words(stage))
+        whole = self.eta()
+        if whole is not None:
+            line += f' eta {_duration(self.eta(stage.name))}, all {_duration(whole)}'
+        print(line.rstrip(), file=self._stream, flush=True)
+        self._line = stage.name, stage.step
+
+    def _render(self) -> rich.table.Table:
+        names = max(3, *map(len, self._stages))
+        steps = max(len(f'{stage.total}/{stage.total}') for stage in self._stages.values())
+        # Where it gets narrow, only the values may lose their end, which a table doesn't see to.
+        room = self._console.width - names - _BAR - steps - _ETA - 5
+        table = rich.table.Table.grid(padding=(0, 1))
+        table.add_column(width=names)
+        table.add_column(width=_BAR)
+        table.add_column(width=steps, justify='right')
+        table.add_column(width=_ETA, justify='right')
+        table.add_column(no_wrap=True)
+        for stage in self._stages.values():
+            eta = self.eta(stage.name) if stage.state == 'running' else None
+            words = rich.text.Text(' '.join(self._words(stage)), 'dim')
+            words.truncate(max(0, room), overflow='ellipsis')
+            table.add_row(
+                rich.text.Text(stage.name, 'bold' if stage.state == 'running' else ''),
+                rich.progress_bar.ProgressBar(max(1, stage.total), stage.step, width=_BAR),
+                f'{stage.step}/{stage.total}',
+                'done' if stage.state == 'finished' else '' if eta is None else _duration(eta),
+                words,
+            )
+        whole = self.eta()
+        running = any(stage.state != 'finished' for stage in self._stages.values())
+        if whole is not None and running:
+            table.add_row('all', '', '', _duration(whole), '')
+        return table
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
+    return {key: None if value is None else float(value) for key, value in values.items()}
+
+
+_BAR, _ETA = 12, 6  # widths of columns: a bar, a duration such as 12m34s
+_COUNTS = ('alive_flops', 'alive_params', 'flops', 'params')
+
+
+def _word(key: str, value: Any, full: float | None) -> str:
+    """A value for people, such as 'loss 0.412' or 'flops 152.3M (51.2%)'."""
+    value = float(value)
+    if not math.isfinite(value):
+        return f'{key} {value}'
+    if key == 'examples_per_second':
+        return f'{_count(value)} examples/s'
+    if key in _COUNTS:
+        name = key.removeprefix('alive_')
+        if value <= 1:
+            return f'{name} {value:.1%}'
+        return f'{name} {_count(value)}' + (f' ({value / full:.1%})' if full else '')
+    if 'accuracy' in key:
+        return f'{key} {value:.4f}'
+    return f'{key} {value:.3g}'
+
+
+def _count(number: float) -> str:
+    """A number with a unit: 950, 1.5k, 152.3M, 3.1G.
+
+    >>> [_count(n) for n in (0.41, 950, 1500, 999_960, 152_310_000)]
+    ['0.41', '950', '1.5k', '1.0M', '152.3M']
+    """
+    for unit in ('', 'k', 'M', 'G'):
+        text = f'{number:.1f}' if unit else f'{number:.0f}' if number >= 10 else f'{number:.2g}'
+        if float(text) < 1000:
+            return text + unit
+        number /= 1000
+    return f'{number:.1f}T'
+
+
+def _duration(seconds: float | None) -> str:
+    """A duration in two units: 42s, 1m20s, 5h02m, 3d04h.
+
+    >>> [_duration(s) for s in (0.4, 42, 80, 18_130, 273_600, None)]
+    ['0s', '42s', '1m20s', '5h02m', '3d04h', '?']
+    """
+    if seconds is None:
+        return '?'
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m{seconds % 60:02}s'
+    minutes = seconds // 60
+    if minutes < 24 * 60:
+        return f'{minutes // 60}h{minutes % 60:02}m'
+    return f'{minutes // 1440}d{minutes // 60 % 24:02}h'
+
+
+# The final table
+
+
+def compare(report: Mapping[str, Any], *, stream: TextIO | None = None) -> str:
+    """The teacher and the compact network beside each other, as a table to print.
+
+    Args:
+      report: has 'teacher' and 'compact', each with 'accuracy' (a fraction), 'flops', 'params',
+        'activations' (bytes) and optionally 'milliseconds'. What both lack is left out. With
+        'inference_batch', the table says how many images the milliseconds are for.
+      stream: where it will be printed (standard output by default): a terminal gets lines and
+        colours, anything else plain text.
+
+    Returns:
+      Lines without a newline at the end.
+    """
+    batch = report.get('inference_batch')
+    rows = [
+        ('accuracy', 'accuracy', lambda value: f'{value:.2%}'),
+        ('FLOPs (multiply-adds)', 'flops', _count),
+        ('parameters', 'params', _count),
+        ('activations (bytes)', 'activations', _count),
+        (
+            f'inference of {batch} (ms)' if batch else 'inference (ms)',
+            'milliseconds',
+            lambda value: f'{value:.3g}',
+        ),
+    ]
+    cells = [('', 'teacher', 'compact', 'compact / teacher')]
+    for label, key, shape in rows:
+        pair = [report[name].get(key) for name in ('teacher', 'compact')]
+        if pair == [None, None]:
+            continue
+        shown = ['-' if value is None else shape(value) for value in pair]
+        cells.append((label, *shown, _relation(key, *pair)))
+
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty():
+        table = rich.table.Table()
+        for column, title in enumerate(cells[0]):
+            table.add_column(title, justify='right' if column else 'left')
+        for row in cells[1:]:
+            table.add_row(*row)
+        console = rich.console.Console(file=io.StringIO(), force_terminal=True)
+        console.print(table)
+        return console.file.getvalue().rstrip('\n')
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return '\n'.join(
+        row[0].ljust(widths[0])
+        + ''.join(f'  {cell:>{width}}' for cell, width in zip(row[1:], widths[1:]))
+        for row in cells
+    )
+
+
+def _relation(key: str, teacher: float | None, compact: float | None) -> str:
+    """How the compact network's number stands to the teacher's."""
+    if teacher is None or compact is None:
+        return '-'
+    if key == 'accuracy':
+        return f'{100 * (compact - teacher):+.2f} points'
+    if not teacher or not compact:
+        return '-'
+    ratio = compact / teacher
+    return f'1/{1 / ratio:.2f}' if ratio < 1 else f'{ratio:.2f}'

@@ -1,0 +1,246 @@
+"""The command line, as a user meets it: whole runs, killed runs, wrong input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import jaxkd
+from jaxkd import data, models, watch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHORT = [
+    '--config=configs/mbv2.py',
+    '--config.model.arguments.width=0.35',
+    '--config.teacher.epochs=2',
+    '--config.search.epochs=2',
+    '--config.distil.epochs=1',
+    '--config.log_every=4',
+    '--config.checkpoint_seconds=0.0',
+]
+
+
+@pytest.fixture(scope='session')
+def environment(tmp_path_factory):
+    """Killed and resumed runs compile the same programs: once is enough."""
+    return os.environ | {
+        'PYTHONPATH': str(ROOT),
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
+    }
+
+
+def _command(workdir, *flags):
+    return [sys.executable, '-m', 'jaxkd.main', *SHORT, f'--workdir={workdir}', *flags]
+
+
+def _run(environment, workdir, *flags):
+    return subprocess.run(
+        _command(workdir, *flags), env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope='session')
+def finished(environment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('run') / 'work'
+    done = _run(environment, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def _report(workdir):
+    report = json.loads((workdir / 'report.json').read_text())
+    return {key: value for key, value in report.items() if key != 'seconds'} | {
+        name: {k: v for k, v in report[name].items() if k != 'milliseconds'}
+        for name in ('teacher', 'compact')
+    }
+
+
+def test_run_meets_the_budget_and_tells(finished):
+    workdir, done = finished
+    report = json.loads((workdir / 'report.json').read_text())
+    teacher, compact = report['teacher'], report['compact']
+    assert 0.495 <= compact['flops'] / teacher['flops'] <= 0.5
+    assert compact['xla_flops'] < 0.6 * teacher['xla_flops']
+    assert 0 <= compact['accuracy'] <= 1
+    assert {'teacher', 'search', 'distil'} <= report['seconds'].keys()
+    assert report['budget'] == {'flops': 0.5}
+    assert report['input_shape'] == [8, 8, 1]
+    assert sum(row['kept'] < row['size'] for row in report['blocks']) > 5
+    assert '[search' in done.stderr and 'eta' in done.stderr
+    assert 'accuracy' in done.stdout and 'compact' in done.stdout
+
+    rows = watch.read_metrics(workdir)
+    stages = [row['stage'] for row in rows]
+    assert sorted(set(stages), key=stages.index) == ['teacher', 'search', 'distil']
+    alive = [row['alive_flops'] for row in rows if row['stage'] == 'search']
+    assert alive == sorted(alive, reverse=True) and alive[-1] < alive[0]
+    assert list(workdir.glob('events*'))
+
+
+def test_compact_model_is_what_was_reported(finished):
+    workdir, _ = finished
+    report = json.loads((workdir / 'report.json').read_text())
+    small = jaxkd.load(workdir / 'compact')
+    count = sum(leaf.size for leaf in jax.tree.leaves(small.variables['params']))
+    assert count == report['compact']['params']
+    test = data.load('digits', 'test')
+    mean, std = data.statistics(data.load('digits', 'train', seed=0))
+    logits = small.apply(small.variables, data.normalize(test.images, mean, std))
+    accuracy = np.mean(np.argmax(logits, -1) == test.labels)
+    np.testing.assert_allclose(accuracy, report['compact']['accuracy'], atol=1 / test.size)
+    graph = jaxkd.trace(small.module, small.variables, np.zeros((1, 8, 8, 1), np.float32))
+    assert graph.cost().flops == report['compact']['flops']
+
+
+def test_finished_run_prints_its_summary(finished, environment):
+    workdir, done = finished
+    start = time.monotonic()
+    again = _run(environment, workdir)
+    assert again.returncode == 0 and 'finished run' in again.stdout
+    assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
+    assert time.monotonic() - start < 60
+
+
+def test_killed_runs_end_in_the_same_report(finished, environment, tmp_path):
+    """kill -9 once in each stage, at a moment when it has saved something."""
+    workdir = tmp_path / 'work'
+    for stage in ('teacher', 'search', 'distil'):
+        process = subprocess.Popen(
+            _command(workdir), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if any(entry.name.isdigit() for entry in (workdir / stage).glob('*')):
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, f'the run ended before {stage} saved a state'
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = _run(environment, workdir)
+    assert done.returncode == 0, done.stderr
+    assert 'going on at step' in done.stderr
+    assert _report(workdir) == _report(finished[0])
+
+    def rows(directory):
+        return [
+            {k: v for k, v in row.items() if k != 'examples_per_second'}
+            for row in watch.read_metrics(directory)
+        ]
+
+    assert rows(workdir) == rows(finished[0])
+
+
+def _refused(environment, workdir, *flags, status=2):
+    done = _run(environment, workdir, *flags)
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert 'Traceback' not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--config.budget.flops=0.0001'], ['flops', 'cannot be reached', 'in the way']),
+        (['--config.budget.flops=-1.0'], ['budget.flops', '-1.0']),
+        (['--config.data.name=mnist'], ['data.name', 'mnist', 'fashion_mnist']),
+        (['--config.model.name=mobilenet_v9'], ['model.name', 'mobilenet_v2']),
+        (["--config.blocks=(('nothing', {'strength': 2.0}),)"], ['nothing', 'block0/project']),
+        (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
+        (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
+        (['--config.search.epoch=3'], ['search.epoch', 'epochs']),
+        (['--config=configs/mbv2.py:mnist'], ['mnist', 'fashion_mnist']),
+        (['--config=configs/nothing.py'], ['configs/nothing.py']),
+        (['--workdirs=x'], ['workdirs']),
+    ],
+)
+def test_wrong_input_is_one_sentence(environment, tmp_path, flags, words):
+    sentence = _refused(environment, tmp_path / 'work', *flags)
+    assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / 'work').exists()
+
+
+def test_workdir_of_another_config(finished, environment):
+    before = (finished[0] / 'report.json').read_bytes()
+    sentence = _refused(environment, finished[0], '--config.seed=5', '--config.budget.flops=0.25')
+    assert 'seed (0 there, 5 now)' in sentence and 'budget.flops' in sentence
+    assert (finished[0] / 'report.json').read_bytes() == before
+
+
+def test_workdir_that_cannot_be_written(environment, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot be written' in _refused(environment, tmp_path / 'file' / 'work')
+
+
+def test_nan_loss_stops_with_the_step(environment, tmp_path):
+    sentence = _refused(
+        environment, tmp_path / 'work', '--config.teacher.learning_rate=1e30', status=1
+    )
+    assert 'teacher' in sentence and 'step' in sentence and 'learning_rate' in sentence
+
+
+def test_blocks_and_several_budgets_from_the_command_line(environment, tmp_path):
+    done = _run(
+        environment,
+        tmp_path / 'work',
+        '--config.teacher.epochs=1',
+        '--config.search.epochs=1',
+        '--config.budget.flops=0.7',
+        '--config.budget.params=0.4',
+        "--config.blocks=(('block1/', {'freeze': True}), ('head', {'min_keep': 0.5}))",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'work' / 'report.json').read_text())
+    reached = report['reached']
+    assert reached['flops'] <= 0.7 and reached['params'] <= 0.4
+    assert reached['flops'] >= 0.99 * 0.7 or reached['params'] >= 0.99 * 0.4
+    kept = {row['group']: row for row in report['blocks']}
+    assert kept['block1/expand/conv']['kept'] == kept['block1/expand/conv']['size']
+    assert kept['head/conv']['kept'] >= 0.5 * kept['head/conv']['size']
+
+
+def test_saved_models_are_checked(tmp_path):
+    model = models.create('mobilenet_v2', num_classes=3, width=0.35)
+    image = np.ones((1, 32, 32, 3), np.float32)
+    variables = model.init(jax.random.key(0), image)
+    small = jaxkd.prune(model, variables, image, params=0.5)
+    jaxkd.save(tmp_path / 'small', small)
+    again = jaxkd.load(tmp_path / 'small')
+    np.testing.assert_array_equal(
+        again.apply(again.variables, image), small.apply(small.variables, image)
+    )
+    assert again.structure == small.structure
+
+    largest = max((tmp_path / 'small').rglob('*'), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(jaxkd.CheckpointError):
+        jaxkd.load(tmp_path / 'small')
+
+
+def test_models_from_outside_are_handed_in(tmp_path):
+    class Mine(models.mobilenet.ConvBN):
+        """A class that the registry does not know."""
+
+    model = Mine(8, 3)
+    image = np.ones((1, 8, 8, 3), np.float32)
+    variables = {'params': {}, **model.init(jax.random.key(0), image)}
+    graph = jaxkd.trace(model, variables, image)
+    small = jaxkd.compact(graph, variables, graph.keep_all())
+    jaxkd.save(tmp_path / 'small', small)
+    with pytest.raises(jaxkd.CheckpointError, match='model='):
+        jaxkd.load(tmp_path / 'small')
+    again = jaxkd.load(tmp_path / 'small', model=model)
+    np.testing.assert_array_equal(
+        again.apply(again.variables, image), small.apply(small.variables, image)
+    )

@@ -82,9 +82,9 @@ def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
     config.data.update(name='fashion_mnist', padding=2)
     config.model.arguments.update(stem_stride=2, strides=(1, 2, 2, 1, 1, 2, 1))
     for stage, epochs, rate in (
-        ('teacher', 12.0, 0.1),
-        ('search', 5.0, 0.02),
-        ('distil', 10.0, 0.05),
+        ('teacher', 10.0, 0.1),
+        ('search', 4.0, 0.02),
+        ('distil', 8.0, 0.05),
     ):
         config[stage].update(
             batch_size=128, epochs=epochs, learning_rate=rate, warmup_epochs=0.5, ema_decay=0.998

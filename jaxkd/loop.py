@@ -1,0 +1,194 @@
+"""One stage of training from its first step to its last: resumed, watched, checked and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from jaxkd import checkpoint, errors, train, watch
+
+
+class Setup(NamedTuple):
+    """What all stages of a run share.
+
+    Attributes:
+      config: the whole config; a stage's own part has its name.
+      workdir: each stage keeps its states in a folder of its name.
+      stages: the names of the stages, in order.
+      mesh: the devices.
+      train, validation: the examples.
+      preprocessing: how images become inputs.
+      log, display: where metrics go.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    stages: Sequence[str]
+    mesh: jax.sharding.Mesh
+    train: train.Examples
+    validation: train.Examples
+    preprocessing: train.Preprocessing
+    log: watch.MetricsLog
+    display: watch.Display
+
+
+def length(config: ml_collections.ConfigDict, size: int) -> int:
+    """Steps of a stage on `size` training examples."""
+    return max(1, round(config.epochs * train.steps_per_epoch(size, config.batch_size)))
+
+
+def schedule(setup: Setup, name: str) -> tuple[int, optax.Schedule]:
+    """Length of a stage in steps, and its learning rate."""
+    config = setup.config[name]
+    size = setup.train.split.size
+    steps = length(config, size)
+    per_epoch = train.steps_per_epoch(size, config.batch_size)
+    return steps, train.learning_rate(config, steps, per_epoch)
+
+
+def fit(
+    setup: Setup,
+    name: str,
+    model: nn.Module,
+    variables: Any,
+    loss: train.Loss,
+    *after: optax.GradientTransformation,
+    facts: Callable[[Any], Mapping[str, float]],
+    teacher: tuple[nn.Module, Any] | None = None,
+    memory: Any = None,
+    steer: Callable[[int, train.TrainState, Any], tuple[Any, Mapping[str, Any]]] | None = None,
+) -> tuple[train.TrainState, Any]:
+    """Trains for a stage's number of steps, from where its last checkpoint was left.
+
+    Args:
+      setup: what all stages share.
+      name: of the stage.
+      model, variables: the network to train, and what it starts from.
+      loss: see `train.Loss`.
+      *after: gradient transformations after the optimizer's.
+      facts: what the log says besides, from the memory.
+      teacher: module and variables of the teacher.
+      memory: what `steer` remembers, a pytree that checkpoints hold.
+      steer: called before each step as `(steps done, state, memory)`; returns the next memory and
+        further arguments of the optimizer's update.
+
+    Returns:
+      The last state, and the last memory. If the stage was finished before, nothing is trained.
+
+    Raises:
+      TrainingError: if the loss is no finite number.
+    """
+    config = setup.config[name]
+    steps, rate = schedule(setup, name)
+    tx = train.optimizer(config, rate, *after)
+    state = train.replicate(train.create_state(variables, tx), setup.mesh)
+    folder = setup.workdir / name
+    with checkpoint.Stage(folder, report=setup.display.message) as stage:
+        finished = stage.result()
+        if finished:
+            state, memory = checkpoint.from_tree((state, memory), finished[0], folder)
+            setup.display.finish(name)
+            return train.replicate(state, setup.mesh), memory
+
+        start, elapsed = 0, 0.0
+        restored = stage.restore()
+        if restored:
+            start, tree, metadata = restored
+            state, memory = checkpoint.from_tree((state, memory), tree, folder)
+            state = train.replicate(state, setup.mesh)
+            elapsed = metadata['seconds']
+            setup.display.message(f'{name}: going on at step {start} of {steps}')
+        setup.log.rewind(name, start, later=setup.stages[setup.stages.index(name) + 1 :])
+        setup.display.start(name, start)
+
+        teacher_model, teacher_variables = teacher or (None, {})
+        teacher_variables = train.replicate(teacher_variables, setup.mesh)
+        train_step = train.make_train_step(
+            model,
+            tx,
+            loss,
+            setup.preprocessing,
+            setup.mesh,
+            seed=setup.config.seed,
+            ema_decay=config.ema_decay,
+            teacher=teacher_model,
+        )
+        eval_step = train.make_eval_step(model, setup.preprocessing, setup.mesh)
+        per_epoch = train.steps_per_epoch(setup.train.split.size, config.batch_size)
+        batches = train.batches(
+            setup.train,
+            config.batch_size,
+            setup.mesh,
+            seed=setup.config.seed,
+            start=start,
+            stop=steps,
+        )
+        began = logged = saved = time.monotonic()
+        pending: list[dict[str, jax.Array]] = []
+        extra: Mapping[str, Any] = {}
+        for step, batch in enumerate(batches, start + 1):
+            if steer:
+                memory, extra = steer(step - 1, state, memory)
+            state, metrics = train_step(state, batch, teacher_variables, extra)
+            pending.append(metrics)
+            end_of_epoch = step % per_epoch == 0 or step == steps
+            if not end_of_epoch and step % setup.config.log_every:
+                continue
+
+            means = _means(pending)  # waits for the steps
+            if not np.isfinite(means['loss']):
+                raise errors.TrainingError(
+                    f'{name}: the loss was {means["loss"]} at step {step}; the last good state is '
+                    f'kept in {folder}. Lower config.{name}.learning_rate, now '
+                    f'{config.learning_rate:g}, and start again in another workdir'
+                )
+            speed = len(pending) * config.batch_size / (time.monotonic() - logged)
+            row = {
+                'stage': name,
+                'step': step,
+                'epoch': step / per_epoch,
+                **means,
+                **facts(memory),
+                'learning_rate': float(rate(step - 1)),
+                'examples_per_second': speed,
+            }
+            if end_of_epoch:
+                # Averages lag behind a network whose channels are being closed.
+                evaluated = train.variables(state) if steer else train.averaged(state)
+                validation = train.evaluate(
+                    eval_step, evaluated, setup.validation, config.batch_size, setup.mesh
+                )
+                row |= {f'validation_{key}': value for key, value in validation.items()}
+            setup.log.write(row)
+            shown = {k: v for k, v in row.items() if k not in ('stage', 'step', 'learning_rate')}
+            setup.display.update(name, step, **shown)
+            pending, logged = [], time.monotonic()
+            if logged - saved >= setup.config.checkpoint_seconds and step < steps:
+                metadata = {'seconds': elapsed + logged - began}
+                stage.save(step, checkpoint.to_tree((state, memory)), metadata)
+                saved = time.monotonic()
+
+        metadata = {'seconds': elapsed + time.monotonic() - began}
+        stage.finish(checkpoint.to_tree((state, memory)), metadata)
+        setup.display.finish(name)
+        return state, memory
+
+
+def seconds(setup: Setup) -> dict[str, float]:
+    """How long each stage was trained, over all the runs that it took."""
+    return {
+        name: checkpoint.Stage(setup.workdir / name).result()[1]['seconds'] for name in setup.stages
+    }
+
+
+def _means(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
+    fetched = jax.device_get(metrics)
+    return {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}

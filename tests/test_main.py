@@ -73,7 +73,8 @@ def test_run_meets_the_budget_and_tells(finished):
     assert {'teacher', 'search', 'distil'} <= report['seconds'].keys()
     assert report['budget'] == {'flops': 0.5}
     assert report['input_shape'] == [8, 8, 1]
-    assert sum(row['kept'] < row['size'] for row in report['blocks']) > 5
+    assert all(1 <= row['kept'] <= row['size'] for row in report['blocks'])
+    assert any(row['kept'] < row['size'] for row in report['blocks'])
     assert '[search' in done.stderr and 'eta' in done.stderr
     assert 'accuracy' in done.stdout and 'compact' in done.stdout
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxkd import errors
+
 Keep = Mapping[str, np.ndarray]
 RESOURCES = ('flops', 'params', 'activations')
 
@@ -104,5 +106,5 @@ class Polynomial(NamedTuple):
 
 def check_resource(resource: str, allowed: Sequence[str] = RESOURCES) -> str:
     if resource not in allowed:
-        raise ValueError(f'resource {resource!r} is none of {", ".join(allowed)}')
+        raise errors.ConfigError('resource', resource, allowed=allowed)
     return resource

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -12,11 +12,18 @@ import numpy as np
 
 from jaxkd import errors
 from jaxkd.graph import structure
-from jaxkd.graph.trace import Graph, Keep
+from jaxkd.graph.trace import Graph, Keep, outputs_of, plain
 
 # Largest difference of masked and compact outputs, as a share of the largest masked output, that
 # float32 rounding explains: sums of some thousand terms in another order, over a hundred layers.
 TOLERANCE = 1e-4
+
+# For programs that run once: a third of the time to compile, at half the speed.
+QUICK = {
+    'xla_backend_optimization_level': 0,
+    'xla_cpu_use_fusion_emitters': False,
+    'xla_cpu_parallel_codegen_split_count': 1,
+}
 
 
 def mask(graph: Graph, variables: Any, keep: Keep) -> Any:
@@ -63,7 +70,11 @@ def cut(graph: Graph, tree: Any, keep: Keep) -> Any:
         array = np.asarray(leaf)  # numpy: jnp.take would compile once for every shape
         for axis, alive in axis_masks.items():
             array = np.compress(alive, array, axis=axis)
-        return jax.device_put(array) if isinstance(leaf, jax.Array) else array
+        if not isinstance(leaf, jax.Array):
+            return array
+        # An axis that is cut need not split evenly over devices any more.
+        whole = leaf.sharding.is_fully_replicated
+        return jax.device_put(array, leaf.sharding if whole else None)
 
     return _change(graph, tree, keep, shrink)
 
@@ -80,17 +91,18 @@ def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
     found = structure.record(graph, keep, structure.widths(shapes))
     module = structure.module(graph.model, found)
     verify(graph, keep)
-    return structure.CompactModel(module, cut(graph, _plain(variables), keep), found)
+    return structure.CompactModel(module, cut(graph, plain(variables), keep), found)
 
 
 def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
     """Compares the masked and the compact network on random variables and inputs, in float32.
 
     Returns:
-      The largest difference of their outputs, as a share of the largest output.
+      The largest difference of their outputs, as a share of the largest value of that output.
 
     Raises:
-      GraphError: if that is more than rounding explains, naming the groups at fault.
+      GraphError: if that is more than rounding explains, naming the groups at fault; if the
+        compact network cannot run; or if the outputs prove nothing (zero or not finite).
     """
     keep = graph.complete(keep)
     difference = _difference(graph, keep, seed)
@@ -106,7 +118,7 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
         f'the compact {type(graph.model).__name__} differs from the masked one by {difference:.1e} '
         f'of its largest output, so it was refused; at fault: {", ".join(at_fault) or "unclear"}. '
         'Freeze these groups, or see whether the model decides by a width (such as '
-        'x.shape == y.shape) what it computes'
+        'x.shape == y.shape) what it computes, or draws random numbers (trace it with train=False)'
     )
 
 
@@ -117,11 +129,11 @@ def _difference(graph: Graph, keep: Keep, seed: int) -> float:
     )
     inputs = jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
     shapes = structure.widths(cut(graph, graph.variables, keep))
-    small = structure.resize.CompactModule(graph.model, shapes)
+    small = outputs_of(structure.resize.CompactModule(graph.model, shapes), graph.apply_kwargs)
     with futures.ThreadPoolExecutor(2) as pool:  # XLA compiles the two side by side
         runs = (
-            pool.submit(_run, graph, graph.model, mask(graph, variables, keep), inputs),
-            pool.submit(_run, graph, small, cut(graph, variables, keep), inputs),
+            pool.submit(_run, _full(graph, inputs), mask(graph, variables, keep), inputs),
+            pool.submit(_run, small, cut(graph, variables, keep), inputs),
         )
         masked = runs[0].result()
         try:
@@ -131,24 +143,37 @@ def _difference(graph: Graph, keep: Keep, seed: int) -> float:
                 f'{type(graph.model).__name__} cannot run at the compact widths, because a layer '
                 f'fixes a size in its own code: {error}'
             ) from error
-    worst, scale = 0.0, 1e-30
-    for a, b in zip(masked, compacted, strict=True):
-        if a.shape != b.shape:
-            return np.inf
-        if a.size:
-            worst = max(worst, float(np.max(np.abs(a - b))))
-            scale = max(scale, float(np.max(np.abs(a))))
-    return worst / scale if np.isfinite(worst) else np.inf
-
-
-def _run(graph: Graph, module: Any, variables: Any, inputs: Any) -> list[np.ndarray]:
-    """The float outputs of a module on the CPU; compiled for a single run, so without polish."""
-    kwargs = graph.apply_kwargs
-    with jax.default_device(jax.devices('cpu')[0]), jax.default_matmul_precision('highest'):
-        run = jax.jit(lambda variables, inputs: module.apply(variables, *inputs, **kwargs))
-        compiled = run.lower(variables, inputs).compile(
-            compiler_options={'xla_backend_optimization_level': 0}
+    if not all(np.isfinite(a).all() for a in masked) or not any(a.any() for a in masked):
+        raise errors.GraphError(
+            f'on random variables and inputs, the outputs of {type(graph.model).__name__} are zero '
+            'or not finite, so nothing can be said about its compact network'
         )
+    worst = 0.0
+    for a, b in zip(masked, compacted, strict=True):
+        if a.shape != b.shape or not np.isfinite(b).all():
+            return np.inf
+        if a.size:  # each output by its own scale: large features must not hide small logits
+            worst = max(worst, float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-30)))
+    return worst
+
+
+def _full(graph: Graph, inputs: Any) -> Callable[[Any, Any], Any]:
+    """The full network as a function of (variables, inputs); as traced, where the batch allows."""
+    if jax.tree.map(np.shape, inputs) != jax.tree.map(np.shape, graph.inputs):
+        return outputs_of(graph.model, graph.apply_kwargs)
+    program = jax.extend.core.jaxpr_as_fun(graph.program)
+    return lambda variables, inputs: program(*jax.tree.leaves((variables, inputs)))
+
+
+def _run(function: Callable[[Any, Any], Any], variables: Any, inputs: Any) -> list[np.ndarray]:
+    """The outputs of a network on the CPU; compiled for a single run, so without polish."""
+    cpu = jax.local_devices(backend='cpu')[0]
+    with jax.default_device(cpu), jax.default_matmul_precision('highest'):
+        lowered = jax.jit(function).lower(variables, inputs)
+        try:
+            compiled = lowered.compile(compiler_options=QUICK)
+        except RuntimeError:  # an XLA that lacks one of the options
+            compiled = lowered.compile()
         outputs = compiled(variables, inputs)
     return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
 
@@ -170,10 +195,6 @@ def _random_input(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np
     # Two examples say as much as a large batch.
     shape = (min(leaf.shape[0], 2), *leaf.shape[1:]) if leaf.shape else ()
     return random.standard_normal(shape).astype(leaf.dtype)
-
-
-def _plain(tree: Any) -> Any:
-    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _key(entry: Any) -> str:
@@ -223,6 +244,8 @@ def _change(graph: Graph, tree: Any, keep: Keep, change: Any) -> Any:
         return None
 
     def visit(path, leaf):
+        if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+            path = path[:-1]  # the box of nn.with_partitioning
         found = find([_key(entry) for entry in path])
         if found is None or not alive[found] or np.ndim(leaf) == 0:
             return leaf

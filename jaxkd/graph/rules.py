@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import math
+import os
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import numpy as np
 
@@ -48,7 +50,7 @@ class Context:
         self.ties = names.Ties()
         self.layers: list[Layer] = []
         self.unknown: dict[str, str] = {}  # primitives without a rule, and where the first stands
-        self._scopes: list[str] = []
+        self._calls: list[Any] = []  # the equations that are being entered, outermost first
 
     def walk(self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Array]) -> list[Array]:
         """Evaluates `jaxpr` on names. `consts` are the values of its constants."""
@@ -63,24 +65,28 @@ class Context:
         environment.update(zip(jaxpr.invars, operands, strict=True))
         for eqn in jaxpr.eqns:
             rule = RULES.get(eqn.primitive.name, _unknown)
-            self._scopes.append(str(eqn.source_info.name_stack))
+            self._calls.append(eqn)
             results = rule(self, eqn, *map(read, eqn.invars))
-            self._scopes.pop()
+            self._calls.pop()
             environment.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def why(self, eqn: Any, reason: str) -> Frozen:
-        return Frozen(reason, eqn.primitive.name, _source(eqn))
+        # What stands inside a jitted function of JAX has no line of the model; its caller has.
+        sources = map(_source, (eqn, *reversed(self._calls)))
+        return Frozen(reason, eqn.primitive.name, next(filter(None, sources), 'unknown line'))
 
     @property
     def scope(self) -> str:
-        return '/'.join(scope for scope in self._scopes if scope)
+        scopes = (str(eqn.source_info.name_stack) for eqn in self._calls)
+        return '/'.join(scope for scope in scopes if scope)
 
 
 def constant(value: Any) -> Array:
     """The axes of a value that the network's code fixes."""
     shape = np.shape(value)
-    if not shape or math.prod(shape) > 1_000_000:  # too large to look at: bound is always right
+    # Empty, or too large to look at: bound is always right.
+    if not 0 < math.prod(shape) <= 1_000_000 or not shape:
         return tuple(names.bound(n) for n in shape)
     value = np.asarray(value)
     uniform = [bool(np.all(value == value.take([0], axis))) for axis in range(value.ndim)]
@@ -89,14 +95,20 @@ def constant(value: Any) -> Array:
     )
 
 
-def _source(eqn: Any) -> str:
+# Code that is not the model's.
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep
+    for file in (jax.__file__, flax.__file__, __file__)
+)
+
+
+def _source(eqn: Any) -> str | None:
     """The line of the model's code that `eqn` comes from: "file:line (function)"."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
-        path = frame.file_name.replace('\\', '/')
-        if not any(part in path for part in ('/jax/', '/flax/', '/jaxkd/graph/')):
-            return f'{path}:{frame.line_num} ({frame.function_name})'
-    return 'unknown line'
+        if not frame.file_name.startswith(_LIBRARIES):
+            return f'{frame.file_name}:{frame.line_num} ({frame.function_name})'
+    return None
 
 
 def _unknown(context: Context, eqn: Any, *operands: Array) -> list[Array]:
@@ -107,8 +119,12 @@ def _unknown(context: Context, eqn: Any, *operands: Array) -> list[Array]:
         for axis in operand:
             context.ties.freeze(axis, why)
             touched = touched or bool(names.named(axis))
+    source = why.source
+    if _computes(eqn):  # nothing that costs may go by unsaid
+        touched = True
+        source += '; the convolutions and dots inside are not in the cost'
     if touched:
-        context.unknown.setdefault(name, why.source)
+        context.unknown.setdefault(name, source)
     batch = any(part.bound == names.BATCH for o in operands for axis in o for part in axis)
     results = []
     for var in eqn.outvars:
@@ -119,8 +135,19 @@ def _unknown(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     return results
 
 
+def _computes(eqn: Any) -> bool:
+    """Whether a program that `eqn` calls has convolutions or dots."""
+    return any(
+        inner.primitive.name in ('conv_general_dilated', 'dot_general') or _computes(inner)
+        for jaxpr in jax.extend.core.jaxprs_in_params(eqn.params)
+        for inner in jaxpr.eqns
+    )
+
+
 def _elementwise(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     shape = eqn.outvars[0].aval.shape
+    if any(operand and len(operand) != len(shape) for operand in operands):  # a widening bitcast
+        return _unknown(context, eqn, *operands)
     why = context.why(eqn, 'combined with something that has no channels to remove')
     result = []
     for dimension, n in enumerate(shape):
@@ -257,6 +284,11 @@ def _concatenate(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     return [tuple(result)]
 
 
+def _rev(context: Context, eqn: Any, x: Array) -> list[Array]:
+    same = [i not in eqn.params['dimensions'] for i in range(len(x))]
+    return _partly(context, eqn, x, same, 'its channels are reversed')
+
+
 def _slice(context: Context, eqn: Any, x: Array) -> list[Array]:
     sizes = zip(x, eqn.outvars[0].aval.shape, strict=True)
     same = [names.size(axis) == n for axis, n in sizes]
@@ -329,6 +361,12 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
         out = _tie_groups(context, groups, lhs_in, rhs_in, rhs_out, why)
 
     space = [names.bound(aval.shape[i]) for i in numbers.out_spec[2:]]
+    # A transposed convolution sends each input position through the whole window, and the zeros
+    # between the positions cost nothing.
+    positions = [
+        names.bound(names.size(before)) if dilation > 1 else after
+        for before, after, dilation in zip(lhs_space, space, params['lhs_dilation'], strict=True)
+    ]
     result: list[Any] = [None] * len(aval.shape)
     for i, axis in zip(numbers.out_spec, (lhs_batch, out, *space), strict=True):
         result[i] = axis
@@ -338,7 +376,7 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
             rhs,
             names.flat(out),
             aval.shape,
-            (lhs_batch, *space, *rhs_space, rhs_in, out),
+            (lhs_batch, *positions, *rhs_space, rhs_in, out),
             aval.dtype.itemsize,
             tuple(result),
         )
@@ -366,7 +404,11 @@ def _tie_groups(
             return ties.unify(lhs, rhs_out, why)
         ties.freeze(lhs, why)
         ties.freeze(rhs_out, why)
-        return rhs_out
+        return rhs_out if names.named(rhs_out) else names.bound(names.size(rhs_out))
+    if outputs is None:  # the groups' outputs differ, even where a constant kernel does not
+        for axis in (lhs, rhs_in, rhs_out):
+            ties.freeze(axis, why)
+        return names.bound(names.size(rhs_out))
     for vector in (inputs, outputs):
         if vector is not None:
             rows = vector.reshape(groups, -1)
@@ -389,24 +431,77 @@ def _call(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     return context.walk(inner, (), operands)
 
 
+def _scan(context: Context, eqn: Any, *operands: Array) -> list[Array]:
+    """Enters a loop's body with one set of names for all its rounds."""
+    params = eqn.params
+    count, body = params['num_consts'], params['jaxpr']
+    consts, carry = operands[:count], list(operands[count : count + params['num_carry']])
+    stacked = operands[count + len(carry) :]
+    for x in stacked:
+        context.ties.freeze(x[0], context.why(eqn, 'a loop runs over it'))
+    why = context.why(eqn, 'changes its channels from round to round')
+    inputs = [x[1:] for x in stacked]
+    mark = len(context.layers)
+    # What is handed from round to round may get its names in a late round, in each round one more.
+    for _ in range(len(carry) + 1):
+        del context.layers[mark:]
+        outputs = context.walk(body.jaxpr, body.consts, [*consts, *carry, *inputs])
+        carry = [
+            tuple(context.ties.unify(a, b, why) for a, b in zip(before, after, strict=True))
+            for before, after in zip(carry, outputs, strict=False)
+        ]
+    rounds = names.bound(params['length'])
+    context.layers[mark:] = [
+        layer._replace(factors=(*layer.factors, rounds), outputs=(*layer.outputs, rounds))
+        for layer in context.layers[mark:]
+    ]
+    return [*carry, *((rounds, *x) for x in outputs[len(carry) :])]
+
+
+def _cond(context: Context, eqn: Any, index: Array, *operands: Array) -> list[Array]:
+    """Enters all branches; the most expensive one is what it costs."""
+    del index
+    why = context.why(eqn, 'has no channels to remove in one of the branches')
+    mark = len(context.layers)
+    costs, outputs = [], []
+    for branch in eqn.params['branches']:
+        outputs.append(context.walk(branch.jaxpr, branch.consts, operands))
+        costs.append(context.layers[mark:])
+        del context.layers[mark:]
+    context.layers += max(costs, key=lambda layers: sum(_multiply_adds(l) for l in layers))
+    result = outputs[0]
+    for other in outputs[1:]:
+        result = [
+            tuple(context.ties.unify(a, b, why) for a, b in zip(x, y, strict=True))
+            for x, y in zip(result, other, strict=True)
+        ]
+    return result
+
+
+def _multiply_adds(layer: Layer) -> int:
+    return math.prod(map(names.size, layer.factors))
+
+
 # fmt: off
 _ELEMENTWISE = (
     'abs', 'acos', 'acosh', 'add', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh', 'bessel_i0e',
-    'bessel_i1e', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'cos', 'cosh', 'digamma', 'div',
-    'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow',
-    'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg',
-    'nextafter', 'not', 'or', 'population_count', 'pow', 'real', 'reduce_precision', 'rem', 'round',
-    'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign',
-    'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor',
+    'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'cos',
+    'cosh', 'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge',
+    'gt', 'integer_pow', 'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max',
+    'min', 'mul', 'ne', 'neg', 'nextafter', 'not', 'or', 'population_count', 'pow', 'real',
+    'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic',
+    'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor',
 )
 # fmt: on
 
 RULES: dict[str, Callable[..., list[Array]]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(['copy', 'copy_p', 'optimization_barrier', 'stop_gradient'], _same),
+    **dict.fromkeys(
+        ['copy', 'copy_p', 'optimization_barrier', 'sharding_constraint', 'stop_gradient'], _same
+    ),
     **dict.fromkeys(
         [
-            *('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'checkpoint'),
+            *('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint'),
             *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr'),
         ],
         _call,
@@ -427,9 +522,12 @@ RULES: dict[str, Callable[..., list[Array]]] = {
     'squeeze': _squeeze,
     'reshape': _reshape,
     'concatenate': _concatenate,
+    'rev': _rev,
     'slice': _slice,
     'pad': _pad,
     'iota': _iota,
+    'scan': _scan,
+    'cond': _cond,
     'dot_general': _dot_general,
     'conv_general_dilated': _convolution,
 }

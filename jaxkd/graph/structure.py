@@ -73,11 +73,11 @@ class CompactModel:
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """What `model.apply` does, at the compact widths: `mutable=`, `rngs=` and all.
 
-        `method` is the name of a method of the model. On a CPU, convolutions run in the form that
+        `method` is a method of the model or its name. On a CPU, convolutions run in the form that
         is fast there.
         """
         if method is not None:
-            args = (method if isinstance(method, str) else method.__name__, *args)
+            args = (method, *args)
         with cpu.fast_convolutions():
             return self.module.apply(
                 variables, *args, method=None if method is None else 'run', **kwargs
@@ -108,7 +108,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def widths(tree: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of the parameters of each layer: {'stem/conv': {'kernel': (3, 3, 3, 32)}, …}."""
     result: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree['params'])[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree.get('params', {}))[0]:
         *layer, name = (str(entry.key) for entry in path)
         result.setdefault('/'.join(layer), {})[name] = tuple(leaf.shape)
     return result

@@ -7,7 +7,7 @@ and walks the jaxpr with the rules of `jaxkd.graph.rules`. What hangs together i
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -18,7 +18,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from jaxkd import errors
+from jaxkd import cpu, errors
 from jaxkd.graph import cost as costs
 from jaxkd.graph import names, rules
 
@@ -77,6 +77,7 @@ class Graph:
       model: the Linen module.
       variables: its variables as `jax.ShapeDtypeStruct`s, nested dicts.
       inputs, apply_kwargs: what it was traced with; arrays as `jax.ShapeDtypeStruct`s.
+      program: the jaxpr of `model.apply`, from the leaves of variables and inputs to the outputs'.
       groups: all channel groups, in the order of the computation.
       unknown: primitives without a rule that met channels, with a line of the model's code.
     """
@@ -85,6 +86,7 @@ class Graph:
     variables: Mapping[str, Any]
     inputs: tuple[Any, ...]
     apply_kwargs: Mapping[str, Any]
+    program: jax.extend.core.ClosedJaxpr
     groups: tuple[ChannelGroup, ...]
     polynomial: costs.Polynomial
     unknown: Mapping[str, str]
@@ -186,17 +188,10 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
     Raises:
       GraphError: where the module cannot be applied to these variables and inputs.
     """
-    variables = jax.tree.map(_abstract, _plain(variables))
+    variables = jax.tree.map(_abstract, plain(variables))
     inputs = jax.tree.map(_abstract, tuple(inputs))
-    kwargs = {k: v for k, v in apply_kwargs.items() if k != 'mutable'}
-    mutable = apply_kwargs.get('mutable', False)
-
-    def apply(variables, inputs):
-        out = model.apply(variables, *inputs, **kwargs, mutable=mutable)
-        return out[0] if mutable else out  # new variables are no outputs that anybody consumes
-
     try:
-        jaxpr = jax.make_jaxpr(apply)(variables, inputs)
+        jaxpr = jax.make_jaxpr(outputs_of(model, apply_kwargs))(variables, inputs)
     except Exception as error:
         shapes = ', '.join(str(leaf) for leaf in jax.tree.leaves(inputs))
         raise errors.GraphError(
@@ -221,6 +216,14 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
             axes[0] = names.bound(leaf.shape[0], names.BATCH)
         by_leaf.append(tuple(axes))
 
+    read = {id(atom) for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars}
+    read.update(map(id, jaxpr.jaxpr.outvars))
+    idle = names.Frozen('not used when traced', 'input', 'the variables')
+    for var, axes in zip(jaxpr.jaxpr.invars, by_leaf, strict=True):
+        if id(var) not in read:  # such as the layers of an auxiliary loss, traced without it
+            for axis in axes:
+                context.ties.freeze(axis, idle)
+
     outputs = context.walk(jaxpr.jaxpr, jaxpr.consts, by_leaf)
     out = names.Frozen('network output', 'output', 'the value that the model returns')
     for output in outputs:
@@ -232,14 +235,33 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
         model=model,
         variables=variables,
         inputs=inputs,
-        apply_kwargs=kwargs,
+        apply_kwargs=apply_kwargs,
+        program=jaxpr,
         groups=groups,
         polynomial=_polynomial(context, operands, starts, groups),
         unknown=context.unknown,
     )
 
 
-def _plain(tree: Any) -> Any:
+def outputs_of(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
+    """`model.apply` as a function of (variables, inputs), without the changed variables."""
+
+    def as_written(call, args, kwargs, context):
+        if getattr(context.module, 'conv_general_dilated', None) is cpu.conv_general_dilated:
+            # Inside `cpu.fast_convolutions`: a sum of shifted products has no cost to be seen.
+            object.__setattr__(context.module, 'conv_general_dilated', None)
+        return call(*args, **kwargs)
+
+    def apply(variables, inputs):
+        with nn.intercept_methods(as_written):
+            out = model.apply(variables, *inputs, **apply_kwargs)
+        # New variables are no outputs that anybody consumes.
+        return out[0] if apply_kwargs.get('mutable', False) else out
+
+    return apply
+
+
+def plain(tree: Any) -> Any:
     """Nested dicts of leaves: FrozenDicts and boxed parameters are opened."""
     return jax.tree.map(lambda leaf: leaf, nn.meta.unbox(_dicts(tree)))
 

@@ -1,0 +1,405 @@
+"""The fast forms compute what lax computes, and the interceptor changes nothing else."""
+
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax import export, lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import cpu
+
+LAYOUTS = {
+    1: ('NWC', 'WIO', 'NWC'),
+    2: ('NHWC', 'HWIO', 'NHWC'),
+    3: ('NDHWC', 'DHWIO', 'NDHWC'),
+}
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    scale = max(1.0, float(jnp.max(jnp.abs(expected.astype(jnp.float32)), initial=0.0)))
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float32),
+        np.asarray(expected, np.float32),
+        rtol=tolerance,
+        atol=tolerance * scale,
+    )
+
+
+def assert_same_as_lax(x, kernel, strides, padding, tolerance=2e-5, **options):
+    """Value and both gradients."""
+
+    def value_and_gradients(convolve):
+        def run(x, kernel, cotangent):
+            out, pull_back = jax.vjp(
+                lambda x, kernel: convolve(x, kernel, strides, padding, **options), x, kernel
+            )
+            return out, *pull_back(cotangent)
+
+        return run
+
+    expected_shape = jax.eval_shape(
+        lambda x, kernel: lax.conv_general_dilated(x, kernel, strides, padding, **options),
+        x,
+        kernel,
+    )
+    cotangent = normal(*expected_shape.shape, seed=2, dtype=expected_shape.dtype)
+    # One program for both sides: compiling is most of what these tests do.
+    both = jax.jit(
+        lambda *operands: (
+            value_and_gradients(cpu.conv_general_dilated)(*operands),
+            value_and_gradients(lax.conv_general_dilated)(*operands),
+        )
+    )
+    for actual, expected in zip(*both(x, kernel, cotangent), strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        assert_close(actual, expected, tolerance)
+
+
+@st.composite
+def convolutions(draw):
+    rank = draw(st.sampled_from((1, 2, 2, 2, 2)))
+
+    def sizes(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    kernel, strides, dilation = sizes(1, 4), sizes(1, 3), sizes(1, 3)
+    spatial = sizes(1, 9)
+    if draw(st.booleans()):
+        padding = draw(st.sampled_from(('SAME', 'VALID', 'SAME_LOWER')))
+    else:
+        padding = list(zip(sizes(-2, 4), sizes(-2, 4)))
+        for n, (low, high) in zip(spatial, padding):
+            if n + low + high < 0 or n + min(low, 0) + min(high, 0) < 0:
+                padding = 'VALID'
+                break
+    channels, multiplier = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    if draw(st.integers(0, 3)):
+        kernel_shape, groups = (*kernel, 1, channels * multiplier), channels
+    else:
+        kernel_shape, groups = ((1,) * rank + (channels, draw(st.integers(1, 5)))), 1
+    return (
+        (draw(st.integers(1, 3)), *spatial, channels),
+        kernel_shape,
+        strides,
+        padding,
+        {
+            'rhs_dilation': dilation,
+            'feature_group_count': groups,
+            'dimension_numbers': LAYOUTS[rank],
+        },
+    )
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(convolutions())
+def test_depthwise_and_pointwise_equal_lax(convolution):
+    shape, kernel_shape, strides, padding, options = convolution
+    assert_same_as_lax(normal(*shape), normal(*kernel_shape, seed=1), strides, padding, **options)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.bfloat16, 2e-2), (jnp.float16, 4e-3)])
+def test_half_precision(dtype, tolerance, stride):
+    x, kernel = normal(2, 7, 6, 5, dtype=dtype), normal(3, 3, 1, 5, seed=1, dtype=dtype)
+    options = {'dimension_numbers': LAYOUTS[2]}
+    assert_same_as_lax(
+        x, kernel, (stride,) * 2, 'SAME', tolerance, feature_group_count=5, **options
+    )
+    kernel = normal(1, 1, 5, 4, seed=1, dtype=dtype)
+    assert_same_as_lax(x, kernel, (stride,) * 2, 'SAME', tolerance, **options)
+
+
+@pytest.mark.parametrize(
+    'shape, kernel_shape, options',
+    [
+        ((2, 6, 5, 4), (3, 3, 4, 3), {}),
+        ((2, 6, 5, 4), (3, 3, 2, 6), {'feature_group_count': 2}),
+        ((2, 6, 5, 4), (3, 3, 1, 4), {'feature_group_count': 4, 'lhs_dilation': (2, 2)}),
+        ((4, 6, 5, 1), (3, 3, 1, 4), {'batch_group_count': 2}),
+        ((2, 4, 5, 3, 2), (2, 3, 1, 1, 2), {'feature_group_count': 2}),
+        ((2, 12, 12, 2), (9, 9, 1, 2), {'feature_group_count': 2}),
+        ((2, 2, 2, 3), (3, 3, 1, 3), {'feature_group_count': 3}),  # an output without elements
+    ],
+)
+def test_other_convolutions(shape, kernel_shape, options):
+    options = {'dimension_numbers': LAYOUTS[len(shape) - 2], **options}
+    rank = len(shape) - 2
+    assert_same_as_lax(
+        normal(*shape), normal(*kernel_shape, seed=1), (1,) * rank, [(0, 0)] * rank, **options
+    )
+
+
+def test_channels_first_and_integers_are_handed_to_lax():
+    x, kernel = normal(2, 4, 6, 5), normal(4, 1, 3, 3, seed=1)
+    assert_same_as_lax(x, kernel, (1, 1), 'SAME', feature_group_count=4)
+    x, kernel = jnp.ones((1, 4, 4, 2), jnp.int32), jnp.ones((3, 3, 1, 2), jnp.int32)
+    options = {'dimension_numbers': LAYOUTS[2], 'feature_group_count': 2}
+    np.testing.assert_array_equal(
+        cpu.conv_general_dilated(x, kernel, (1, 1), 'SAME', **options),
+        lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', **options),
+    )
+
+
+@pytest.mark.parametrize('strides, padding', [((1,), 'SAME'), ((1, 1), [(1, 1)])])
+def test_errors_are_those_of_lax(strides, padding):
+    operands = normal(1, 4, 4, 2), normal(3, 3, 1, 2)
+    options = {'dimension_numbers': LAYOUTS[2], 'feature_group_count': 2}
+    with pytest.raises((TypeError, ValueError)) as expected:
+        lax.conv_general_dilated(*operands, strides, padding, **options)
+    with pytest.raises(expected.type):
+        cpu.conv_general_dilated(*operands, strides, padding, **options)
+
+
+@pytest.mark.parametrize('depthwise', [True, False])
+def test_transformations(depthwise):
+    x, kernel = normal(3, 5, 5, 2), normal(*((3, 3, 1, 2) if depthwise else (1, 1, 2, 2)), seed=1)
+    options = {'dimension_numbers': LAYOUTS[2], 'feature_group_count': 2 if depthwise else 1}
+
+    def loss(convolve, kernel, x):
+        y = convolve(x, kernel, (2, 2), 'SAME', **options)
+        return jnp.sum(jnp.sin(y) ** 2)
+
+    def results(convolve):
+        def of_image(kernel, image):
+            return loss(convolve, kernel, image[None])
+
+        gradient = jax.grad(of_image)
+        return (
+            jax.vmap(gradient, (None, 0))(kernel, x),
+            jax.grad(jax.checkpoint(lambda k: loss(convolve, k, x)))(kernel),
+            jax.grad(lambda k: jnp.sum(gradient(k, x[0]) ** 2))(kernel),
+            jax.jvp(lambda k: gradient(k, x[0]), (kernel,), (kernel,))[1],
+        )
+
+    fast, slow = jax.jit(
+        lambda: (results(cpu.conv_general_dilated), results(lax.conv_general_dilated))
+    )()
+    for actual, expected in zip(fast, slow):
+        assert_close(actual, expected, 1e-4)
+
+
+def test_symbolic_batch():
+    kernels = normal(3, 3, 1, 4), normal(1, 1, 4, 3)
+
+    def run(x):
+        y = cpu.conv_general_dilated(
+            x, kernels[0], (2, 2), 'SAME', dimension_numbers=LAYOUTS[2], feature_group_count=4
+        )
+        return cpu.conv_general_dilated(y, kernels[1], (1, 1), 'SAME', dimension_numbers=LAYOUTS[2])
+
+    (batch,) = export.symbolic_shape('batch')
+    exported = export.export(jax.jit(run))(jax.ShapeDtypeStruct((batch, 6, 6, 4), jnp.float32))
+    x = normal(5, 6, 6, 4)
+    assert_close(exported.call(x), run(x))
+
+
+class Block(nn.Module):
+    """Every kind of convolution, and a BatchNorm. `copy` only tells nn.jit's cache two apart."""
+
+    copy: int = 0
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        y = nn.Conv(6, (3, 1), name='general')(x)
+        y = nn.BatchNorm(use_running_average=not train, name='bn')(y)
+        y = nn.Conv(6, (2, 2), feature_group_count=6, name='depthwise')(y)
+        return nn.Conv(x.shape[-1], 1, dtype=jnp.float32, name='project')(y)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Block(name='block')(x)
+
+
+class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(Block)(name='block')(x)
+
+
+class Jitted(nn.Module):
+    copy: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.jit(Block)(self.copy, name='block')(x)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            lambda module, x, _: (module(x), None),
+            variable_axes={'params': 0, 'batch_stats': 0},
+            split_rngs={'params': True},
+            length=2,
+        )
+        return layers(Block(name='block'), x, None)[0]
+
+
+class Setup(nn.Module):
+    def setup(self):
+        self.layers = [nn.Conv(4, 1), nn.Conv(4, 3, feature_group_count=4)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def record_calls(monkeypatch):
+    """Counts what reaches the fast function, which goes on working."""
+    calls = []
+    original = cpu.conv_general_dilated
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs.get('feature_group_count', 1))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(cpu, 'conv_general_dilated', recorded)
+    return calls
+
+
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+
+
+@pytest.mark.parametrize(
+    'model, reference',
+    [
+        (Block(), Block()),
+        (Remat(), Plain()),
+        (Jitted(0), Jitted(1)),
+        (Scanned(), Scanned()),
+        (Setup(), Setup()),
+    ],
+)
+def test_interceptor_keeps_parameters_and_outputs(model, reference, monkeypatch):
+    on_cpu(monkeypatch)
+    calls, x = record_calls(monkeypatch), normal(2, 4, 4, 4)
+
+    def run(model):
+        variables = model.init(jax.random.key(0), x)
+
+        def loss(params):
+            out = model.apply({**variables, 'params': params}, x)
+            return jnp.sum(out**2), out
+
+        return variables, jax.value_and_grad(loss, has_aux=True)(variables['params'])
+
+    def both():
+        expected = run(reference)
+        assert not calls
+        with cpu.fast_convolutions():
+            return run(model), expected
+
+    (variables, actual), (expected_variables, expected) = jax.jit(both)()
+    assert calls
+    assert jax.tree.structure(variables) == jax.tree.structure(expected_variables)
+    for a, e in zip(jax.tree.leaves(variables), jax.tree.leaves(expected_variables)):
+        np.testing.assert_array_equal(a, e)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(a, e, 1e-4)
+
+
+def test_mutable_collections(monkeypatch):
+    on_cpu(monkeypatch)
+    model, x = Block(), normal(2, 4, 4, 4)
+
+    def both():
+        variables = model.init(jax.random.key(0), x)
+        options = {'train': True, 'mutable': ['batch_stats', 'intermediates']}
+        expected = model.apply(variables, x, capture_intermediates=True, **options)
+        with cpu.fast_convolutions():
+            return model.apply(variables, x, capture_intermediates=True, **options), expected
+
+    actual, expected = jax.jit(both)()
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        assert_close(a, e)
+
+
+def trace_init(model):
+    jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 2))))
+
+
+def test_own_convolution_is_left_alone(monkeypatch):
+    on_cpu(monkeypatch)
+    calls, own = record_calls(monkeypatch), []
+
+    def own_convolution(*args, **kwargs):
+        own.append(1)
+        return lax.conv_general_dilated(*args, **kwargs)
+
+    with cpu.fast_convolutions():
+        trace_init(nn.Conv(2, 1, conv_general_dilated=own_convolution))
+        trace_init(nn.Conv(2, 1, conv_general_dilated_cls=lambda: own_convolution))
+    assert len(own) == 2 and not calls
+
+
+def test_nothing_happens_off_the_cpu_or_after_the_context(monkeypatch):
+    calls = record_calls(monkeypatch)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    with cpu.fast_convolutions():
+        trace_init(Setup())
+    on_cpu(monkeypatch)
+    with cpu.fast_convolutions():
+        pass
+    trace_init(Setup())
+    assert not calls
+
+
+def test_the_field_is_restored_after_an_error(monkeypatch):
+    on_cpu(monkeypatch)
+    seen = []
+
+    class Failing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Conv(2, (1, 1, 1, 1, 1))
+            try:
+                layer(x)
+            finally:
+                seen.append(layer.conv_general_dilated)
+
+    with cpu.fast_convolutions(), pytest.raises(Exception):  # noqa: B017
+        trace_init(Failing())
+    assert seen == [None]
+
+
+@pytest.mark.parametrize('fast_outside', [True, False])
+def test_together_with_an_interceptor_that_clones(monkeypatch, fast_outside):
+    on_cpu(monkeypatch)
+    calls, model, x = record_calls(monkeypatch), Block(), normal(2, 4, 4, 4)
+
+    def narrower(call, args, kwargs, context):
+        module = context.module
+        wide = isinstance(module, nn.Conv) and module.features == 6
+        if not wide or context.method_name != '__call__':
+            return call(*args, **kwargs)
+        groups = 3 if module.feature_group_count == 6 else 1
+        clone = module.clone(features=3, feature_group_count=groups, parent=module.scope)
+        return clone(*args, **kwargs)
+
+    def both():
+        with nn.intercept_methods(narrower):
+            variables = model.init(jax.random.key(0), x)
+            expected = model.apply(variables, x)
+        first, second = cpu.fast_convolutions(), nn.intercept_methods(narrower)
+        if not fast_outside:
+            first, second = second, first
+        with first, second:
+            return variables, model.apply(variables, x), expected
+
+    variables, actual, expected = jax.jit(both)()
+    assert variables['params']['depthwise']['kernel'].shape == (2, 2, 1, 3)
+    assert_close(actual, expected)
+    assert sorted(calls) == [1, 1, 3]

@@ -95,7 +95,7 @@ def measure(size: int) -> dict[str, dict[str, float]]:
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     random = np.random.default_rng(0)
 
-    def once() -> dict[str, float]:
+    def once(extra: int) -> dict[str, float]:
         seconds = {}
 
         def timed(step, function, *args):
@@ -107,7 +107,7 @@ def measure(size: int) -> dict[str, dict[str, float]]:
         graph = timed('trace', jaxkd.trace, model, variables, images)
         keep = {
             group.name: np.isin(
-                np.arange(group.size), random.permutation(group.size)[: group.size // 2 + trial]
+                np.arange(group.size), random.permutation(group.size)[: group.size // 2 + extra]
             )
             for group in graph.groups
             if not group.frozen
@@ -119,10 +119,7 @@ def measure(size: int) -> dict[str, dict[str, float]]:
         timed('cost', graph.cost, keep)
         return seconds
 
-    result = {}
-    for trial, when in enumerate(('first', 'again')):
-        result[when] = once()
-    return result
+    return {'first': once(0), 'again': once(1)}
 
 
 def _processor() -> str:

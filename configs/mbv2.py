@@ -60,19 +60,19 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         'ema_decay': 0.95,
     }
     soft = {'alpha': 0.9, 'temperature': 4.0}
-    config.teacher = stage | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
+    config.teacher = stage | {'epochs': 25.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
     config.search = (
         stage
         | soft
         | {
-            'epochs': 15.0,
+            'epochs': 12.0,
             'learning_rate': 0.02,
             'final_fraction': 0.2,
             'ramp': 0.8,  # share of the search in which the cost falls to the budget
             'coupling': 'max',
         }
     )
-    config.distil = stage | soft | {'epochs': 40.0, 'learning_rate': 0.03}
+    config.distil = stage | soft | {'epochs': 35.0, 'learning_rate': 0.03}
     if preset != 'digits':
         _PRESETS[preset](config)
     return config

@@ -784,6 +784,9 @@ def test_shared_weights_lists_and_nesting(classifier):
     # 36·9·(3·6 + 6·5 + 5·4) + twice 4·4 + 4·3: a layer that is called twice costs twice, and has
     # its parameters once.
     assert graph.cost().flops == 22_032 + 32 + 12
+    # ∂/∂c of 36·9·5·c + 2·c·c + 3·c at c = 4: the shared layer's two axes are one group.
+    price = graph.price(None, 'flops')['layers_2/conv']
+    np.testing.assert_array_equal(price, [1_620 + 4 * 4 + 3] * 4)
     rows = {row.layer: row for row in graph.cost().by_layer()}
     assert rows['shared'].params == 20
     assert_compact_is_masked(model, variables, small.structure.keep, IMAGES, train=False)

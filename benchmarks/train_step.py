@@ -6,10 +6,15 @@ prints a table and writes benchmarks/results/train_step.json. The same network, 
 (SGD, momentum 0.9) and number format (float32) three times; BatchNorm in training mode in the
 step and in inference mode in the other. PyTorch runs in channels_last. One call of each at a time,
 in turns, so that whatever else the machine does falls on all of them; medians. Every framework
-may use all cores: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`. PyTorch runs in a
+may use all cores that the process may: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`. PyTorch runs in a
 process of its own, idle (waiting for a line) while JAX is measured; without it the rest is printed.
 
 Plain Flax needs some ten seconds for a step of the larger case, so it has few turns.
+
+Wall-clock times want an idle machine: PyTorch's OpenMP threads wait for each other, and suffer far
+more than XLA's from a third process. On a busy machine compare processor time on one core instead:
+
+    taskset -c 0 python benchmarks/train_step.py --clock cpu --torch-python ...
 """
 
 import argparse
@@ -32,6 +37,7 @@ CASES = {
 }
 NUM_CLASSES = 10
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 Measure = Callable[[], float]  # one call's milliseconds
 
 
@@ -41,21 +47,23 @@ def main() -> None:
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument(
+        '--clock', choices=CLOCKS, default='wall', help='cpu: processor time of all threads'
+    )
     parser.add_argument('--plain-repeats', type=int, default=3, help='0 leaves plain Flax out')
     default = pathlib.Path(__file__).parent / 'results' / 'train_step.json'
     parser.add_argument('--out', type=pathlib.Path, default=default)
     parser.add_argument('--torch-worker', choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_worker:
-        serve_torch(arguments.torch_worker, arguments.batch)
+        serve_torch(arguments.torch_worker, arguments.batch, arguments.clock)
         return
 
     report = {
-        'command': ' '.join(
-            ['python benchmarks/train_step.py']
-            + [f'--{name} {getattr(arguments, name.replace("-", "_"))}' for name in ('batch',)]
-            + [f'--repeats {arguments.repeats} --plain-repeats {arguments.plain_repeats}']
-            + ['--cases', *arguments.cases, '--torch-python PYTHON']
+        'command': (
+            f'python benchmarks/train_step.py --batch {arguments.batch} --clock {arguments.clock}'
+            f' --repeats {arguments.repeats} --plain-repeats {arguments.plain_repeats}'
+            f' --cases {" ".join(arguments.cases)} --torch-python PYTHON'
         ),
         'date': datetime.date.today().isoformat(),
         'device': describe_device(),
@@ -66,13 +74,14 @@ def main() -> None:
         },
         'load_average_before': os.getloadavg()[0],
         'batch': arguments.batch,
+        'clock': arguments.clock,
         'cases': {},
     }
     for case in arguments.cases:
         with contextlib.ExitStack() as stack:
             entry = measure_case(case, arguments, stack, report)
         report['cases'][case] = entry
-        print_table(case, arguments.batch, entry)
+        print_table(case, arguments, entry)
     report['load_average_after'] = os.getloadavg()[0]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     aside = arguments.out.with_suffix('.partial')
@@ -89,9 +98,9 @@ def measure_case(
 
     contenders = {}  # name: ({'train': Measure, 'inference': Measure}, facts)
     if arguments.plain_repeats:
-        contenders['plain Flax'] = prepare_jax(case, arguments.batch, contextlib.nullcontext)
-    contenders['jaxkd'] = prepare_jax(case, arguments.batch, cpu.fast_convolutions)
-    torch = stack.enter_context(torch_process(arguments.torch_python, case, arguments.batch))
+        contenders['plain Flax'] = prepare_jax(case, arguments, contextlib.nullcontext)
+    contenders['jaxkd'] = prepare_jax(case, arguments, cpu.fast_convolutions)
+    torch = stack.enter_context(torch_process(case, arguments))
     if torch is None:
         print('PyTorch is not importable there (--torch-python): left out.')
     else:
@@ -125,9 +134,12 @@ def measure_case(
     }
 
 
-def print_table(case: str, batch: int, entry: dict) -> None:
+def print_table(case: str, arguments: argparse.Namespace, entry: dict) -> None:
     reference = entry['jaxkd']
-    print(f'\nMobileNetV2, width 1, {case}, batch {batch}, float32: median ms (times jaxkd)')
+    print(
+        f'\nMobileNetV2, width 1, {case}, batch {arguments.batch}, float32: median ms of'
+        f' {arguments.clock} time (times jaxkd)'
+    )
     print(f'{"":24}{"training step":>22}{"inference":>22}{"compile, s":>14}')
     for name, row in entry.items():
         cells = ''.join(
@@ -140,7 +152,9 @@ def print_table(case: str, batch: int, entry: dict) -> None:
 
 
 def prepare_jax(
-    case: str, batch: int, form: Callable[[], contextlib.AbstractContextManager]
+    case: str,
+    arguments: argparse.Namespace,
+    form: Callable[[], contextlib.AbstractContextManager],
 ) -> tuple[dict[str, Measure], dict]:
     """Compiled step and inference of the Flax network, traced inside `form()`."""
     import flax
@@ -151,6 +165,7 @@ def prepare_jax(
     from jaxkd import models
 
     image_shape, strides = CASES[case]
+    batch, clock = arguments.batch, arguments.clock
     model = models.create('mobilenet_v2', num_classes=NUM_CLASSES, stem_stride=1, strides=strides)
     images = jax.random.normal(jax.random.key(0), (batch, *image_shape))
     labels = jnp.arange(batch) % NUM_CLASSES
@@ -192,8 +207,8 @@ def prepare_jax(
         jax.block_until_ready(state)
 
     measures = {
-        'train': timed(train),
-        'inference': timed(lambda: infer(frozen, images).block_until_ready()),
+        'train': timed(train, clock),
+        'inference': timed(lambda: infer(frozen, images).block_until_ready(), clock),
     }
     for measure in measures.values():
         measure()  # the first call pays for memory
@@ -206,25 +221,29 @@ def prepare_jax(
     }
 
 
-def timed(call: Callable[[], object]) -> Measure:
+def timed(call: Callable[[], object], clock: str) -> Measure:
+    now = CLOCKS[clock]
+
     def measure() -> float:
-        start = time.perf_counter()
+        start = now()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (now() - start) * 1e3
 
     return measure
 
 
 @contextlib.contextmanager
 def torch_process(
-    python: str, case: str, batch: int
+    case: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Measure], dict] | None]:
     """The PyTorch network in another process; None where torch is not importable."""
+    python = arguments.torch_python
     probe = subprocess.run([python, '-c', 'import torch'], capture_output=True)
     if probe.returncode:
         yield None
         return
-    command = [python, os.path.abspath(__file__), '--torch-worker', case, '--batch', str(batch)]
+    command = [python, os.path.abspath(__file__), '--torch-worker', case]
+    command += ['--batch', str(arguments.batch), '--clock', arguments.clock]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -239,12 +258,12 @@ def torch_process(
         process.stdin.close()
 
 
-def serve_torch(case: str, batch: int) -> None:
+def serve_torch(case: str, batch: int, clock: str) -> None:
     """Facts on the first line; then, for each line read, the milliseconds of one such call."""
     import torch
     from torch import nn
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     image_shape, strides = CASES[case]
     network = build_torch(nn, image_shape[-1], strides).to(memory_format=torch.channels_last)
@@ -266,7 +285,7 @@ def serve_torch(case: str, batch: int) -> None:
         with torch.inference_mode():
             network(images)
 
-    measures = {'train': timed(train), 'inference': timed(infer)}
+    measures = {'train': timed(train, clock), 'inference': timed(infer, clock)}
     for measure in measures.values():
         measure()
         measure()

@@ -343,7 +343,7 @@ def _input_gradient(cotangent, kernel, input_sizes, strides, pads, dilation):
     stacked = stacked.reshape(*stacked.shape[: rank + 1], *strides, stacked.shape[-1])
     order = [0, *itertools.chain(*((1 + i, 1 + rank + i) for i in range(rank))), 2 * rank + 1]
     merged = [p * s for p, s in zip(phase_sizes, strides)]
-    interleaved = stacked.transpose(order).reshape(-1, *merged, stacked.shape[-1])
+    interleaved = stacked.transpose(order).reshape(stacked.shape[0], *merged, stacked.shape[-1])
     return interleaved[(slice(None), *(slice(n) for n in input_sizes))]
 
 

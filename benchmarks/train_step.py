@@ -5,9 +5,10 @@
 prints a table and writes benchmarks/results/train_step.json. The same network, batch, optimizer
 (SGD, momentum 0.9) and number format (float32) three times; BatchNorm in training mode in the
 step and in inference mode in the other. PyTorch runs in channels_last. One call of each at a time,
-in turns, so that whatever else the machine does falls on all of them; medians. Every framework
-may use all cores that the process may: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`. PyTorch runs in a
-process of its own, idle (waiting for a line) while JAX is measured; without it the rest is printed.
+in turns, so that whatever else the machine does falls on all of them; medians. Each framework may
+use all cores that its process may: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`.
+PyTorch runs in a process of its own, idle (waiting for a line) while JAX is measured; without it
+the rest is printed.
 
 Plain Flax needs some ten seconds for a step of the larger case, so it has few turns.
 
@@ -32,7 +33,7 @@ import time
 
 CASES = {
     # name: (image shape, strides of the stages), with a stem of stride 1 and 10 classes
-    '32x32x3': ((32, 32, 3), (1, 2, 2, 2, 1, 2, 1)),
+    '32x32x3': ((32, 32, 3), (1, 1, 2, 2, 1, 2, 1)),
     '8x8x1': ((8, 8, 1), (1, 1, 2, 1, 1, 2, 1)),
 }
 NUM_CLASSES = 10

@@ -1,5 +1,7 @@
 """The fast forms compute what lax computes, and the interceptor changes nothing else."""
 
+import functools
+
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,9 @@ import numpy as np
 import pytest
 
 from jaxkd import cpu
+
+# Compiling is most of what these tests do, and nothing here runs long enough to need fast code.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 LAYOUTS = {
     1: ('NWC', 'WIO', 'NWC'),
@@ -50,8 +55,7 @@ def assert_same_as_lax(x, kernel, strides, padding, tolerance=2e-5, **options):
         kernel,
     )
     cotangent = normal(*expected_shape.shape, seed=2, dtype=expected_shape.dtype)
-    # One program for both sides: compiling is most of what these tests do.
-    both = jax.jit(
+    both = jit(
         lambda *operands: (
             value_and_gradients(cpu.conv_general_dilated)(*operands),
             value_and_gradients(lax.conv_general_dilated)(*operands),
@@ -178,7 +182,7 @@ def test_transformations(depthwise):
             jax.jvp(lambda k: gradient(k, x[0]), (kernel,), (kernel,))[1],
         )
 
-    fast, slow = jax.jit(
+    fast, slow = jit(
         lambda: (results(cpu.conv_general_dilated), results(lax.conv_general_dilated))
     )()
     for actual, expected in zip(fast, slow):
@@ -301,7 +305,7 @@ def test_interceptor_keeps_parameters_and_outputs(model, reference, monkeypatch)
         with cpu.fast_convolutions():
             return run(model), expected
 
-    (variables, actual), (expected_variables, expected) = jax.jit(both)()
+    (variables, actual), (expected_variables, expected) = jit(both)()
     assert calls
     assert jax.tree.structure(variables) == jax.tree.structure(expected_variables)
     for a, e in zip(jax.tree.leaves(variables), jax.tree.leaves(expected_variables)):
@@ -321,7 +325,7 @@ def test_mutable_collections(monkeypatch):
         with cpu.fast_convolutions():
             return model.apply(variables, x, capture_intermediates=True, **options), expected
 
-    actual, expected = jax.jit(both)()
+    actual, expected = jit(both)()
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         assert_close(a, e)
@@ -399,7 +403,7 @@ def test_together_with_an_interceptor_that_clones(monkeypatch, fast_outside):
         with first, second:
             return variables, model.apply(variables, x), expected
 
-    variables, actual, expected = jax.jit(both)()
+    variables, actual, expected = jit(both)()
     assert variables['params']['depthwise']['kernel'].shape == (2, 2, 1, 3)
     assert_close(actual, expected)
     assert sorted(calls) == [1, 1, 3]

@@ -149,7 +149,10 @@ def test_select_takes_the_best_score_per_price(chain):
     """Budget 21 of 40. Of all keeps within it, A=3, B=3 with the best units: 3+9+6 = 18, and A=2,
     B=4: 2+8+8 = 18, A=1, B=6: 1+6+12 = 19, …; the scores below make A=3, B=3 the best."""
     graph, _ = chain
-    scores = {'one': np.array([9.0, 8.0, 7.0, 0.1]), 'two': np.array([9.0, 8.0, 7.0, 0.3, 0.2, 0.1])}
+    scores = {
+        'one': np.array([9.0, 8.0, 7.0, 0.1]),
+        'two': np.array([9.0, 8.0, 7.0, 0.3, 0.2, 0.1]),
+    }
     keep = selecting.select(graph, scores, flops=21)
     np.testing.assert_array_equal(keep['one'], [True, True, True, False])
     np.testing.assert_array_equal(keep['two'], [True, True, True, False, False, False])
@@ -323,4 +326,6 @@ def test_criteria_rank_by_size(chain):
     np.testing.assert_allclose(criteria.l1(graph, variables)['two'] * 7 / 6, [0, 0, 4, 0, 3, 0])
     # Norms: 2 and 3: mean 5/6.
     np.testing.assert_allclose(criteria.l2(graph, variables)['two'] * 5 / 6, [0, 0, 2, 0, 3, 0])
-    np.testing.assert_allclose(criteria.bn_scale(graph, variables)['one'], [0.1, 3, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        criteria.bn_scale(graph, variables)['one'], [0.1, 3, 2, 1], rtol=1e-6
+    )

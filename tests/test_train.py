@@ -98,7 +98,7 @@ def test_weight_decay_is_for_kernels():
 
 
 def test_smoothed_labels_by_hand():
-    """Smoothing 0.2 of 2 classes: targets (0.9, 0.1); uniform logits cost ln 2 whatever they are."""
+    """Smoothing 0.2 of 2 classes: targets (0.9, 0.1); uniform logits cost ln 2 in any case."""
     logits = jnp.array([[0.0, 0.0], [np.log(3.0), 0.0]])
     loss = train.hard_loss(0.2)(logits, None, jnp.array([0, 0]))
     expected = [np.log(2), -0.9 * np.log(0.75) - 0.1 * np.log(0.25)]

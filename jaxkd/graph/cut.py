@@ -204,13 +204,18 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
-    """bool [axis size] for every axis, by path and axis, that loses positions."""
-    keep = graph.complete(keep)
-    shapes = {
+def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The shape of every variable of the network, by its path."""
+    return {
         '/'.join(map(_key, path)): leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(graph.variables)[0]
     }
+
+
+def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
+    """bool [axis size] for every axis, by path and axis, that loses positions."""
+    keep = graph.complete(keep)
+    shapes = _shapes(graph)
     result: dict[str, dict[int, np.ndarray]] = {path: {} for path in shapes}
     for group in graph.groups:
         removed = ~keep[group.name]
@@ -225,10 +230,7 @@ def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
 def _change(graph: Graph, tree: Any, keep: Keep, change: Any) -> Any:
     """Applies `change(leaf, {axis: alive})` to the leaves that stand at a variable's path."""
     alive = _alive(graph, keep)
-    shapes = {
-        '/'.join(map(_key, path)): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(graph.variables)[0]
-    }
+    shapes = _shapes(graph)
     # Trees of parameters alone lack the collection's name. Parameters come first where both match.
     short: dict[str, str] = {}
     for path in sorted(shapes, key=lambda path: not path.startswith('params/')):

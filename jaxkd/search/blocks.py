@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from jaxkd import errors
+from jaxkd.graph.cost import RESOURCES
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
 SETTINGS = ('strength', 'min_keep', 'max_keep', 'freeze')
-RESOURCES = ('flops', 'params', 'activations')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxkd.graph.trace import Graph, Keep
+from jaxkd.graph.trace import Graph
 from jaxkd.search import blocks as blocking
 
 # Share of the surplus that is removed at today's prices before prices are taken anew.
@@ -113,8 +113,3 @@ def select(
         if excess(alive) > 0:
             alive[best] = movable[best] = False
     return graph.complete(keep(alive))
-
-
-def total(scores: Mapping[str, np.ndarray], keep: Keep) -> float:
-    """The score that a keep holds."""
-    return float(sum(np.sum(np.asarray(s)[keep[name]]) for name, s in scores.items()))

@@ -81,7 +81,7 @@ def main() -> None:
     for case in arguments.cases:
         with contextlib.ExitStack() as stack:
             entry = measure_case(case, arguments, stack, report)
-        report['cases'][case] = entry
+        report['cases'][case] = {'strides': CASES[case][1], 'rows': entry}
         print_table(case, arguments, entry)
     report['load_average_after'] = os.getloadavg()[0]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         'ema_decay': 0.95,
     }
     soft = {'alpha': 0.9, 'temperature': 4.0}
-    config.teacher = stage | {'epochs': 25.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
+    config.teacher = stage | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
     config.search = (
         stage
         | soft
@@ -80,50 +80,57 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
     return config
 
 
+def _lengths(
+    config: ml_collections.ConfigDict,
+    epochs: tuple[float, float, float],
+    learning_rates: tuple[float, float, float],
+    **shared: float,
+) -> None:
+    """Sets epochs and learning rate of teacher, search and distil, and what all three share."""
+    for stage, *values in zip(('teacher', 'search', 'distil'), epochs, learning_rates, strict=True):
+        config[stage].update(epochs=values[0], learning_rate=values[1], **shared)
+
+
 def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
-    config.data.update(name='fashion_mnist', padding=2)
+    config.data.update(name='fashion_mnist', padding=1)
     config.model.arguments.update(stem_stride=2, strides=(1, 2, 2, 1, 1, 2, 1))
-    for stage, epochs, rate in (
-        ('teacher', 10.0, 0.1),
-        ('search', 4.0, 0.02),
-        ('distil', 8.0, 0.05),
-    ):
-        config[stage].update(
-            batch_size=128, epochs=epochs, learning_rate=rate, warmup_epochs=0.5, ema_decay=0.998
-        )
+    _lengths(
+        config,
+        (16.0, 4.0, 12.0),
+        (0.1, 0.02, 0.05),
+        batch_size=128,
+        warmup_epochs=0.5,
+        ema_decay=0.998,
+    )
     config.update(log_every=50, checkpoint_seconds=60.0)
 
 
 def _cifar(config: ml_collections.ConfigDict, name: str) -> None:
     config.data.update(name=name, padding=4)
     config.model.arguments.update(strides=(1, 1, 2, 2, 1, 2, 1))
-    for stage, epochs, rate in (
-        ('teacher', 200.0, 0.1),
-        ('search', 40.0, 0.02),
-        ('distil', 160.0, 0.05),
-    ):
-        config[stage].update(
-            batch_size=128, epochs=epochs, learning_rate=rate, warmup_epochs=5.0, ema_decay=0.999
-        )
+    _lengths(
+        config,
+        (200.0, 40.0, 160.0),
+        (0.1, 0.02, 0.05),
+        batch_size=128,
+        warmup_epochs=5.0,
+        ema_decay=0.999,
+    )
     config.update(log_every=100, checkpoint_seconds=300.0)
 
 
 def _imagenet(config: ml_collections.ConfigDict) -> None:
     config.data.update(name='imagenet2012', padding=16, validation=0.02)
     config.model.arguments.update(stem_stride=2, strides=(1, 2, 2, 2, 1, 2, 1))
-    for stage, epochs, rate in (
-        ('teacher', 150.0, 0.4),
-        ('search', 20.0, 0.1),
-        ('distil', 100.0, 0.2),
-    ):
-        config[stage].update(
-            batch_size=1024,
-            epochs=epochs,
-            learning_rate=rate,
-            warmup_epochs=5.0,
-            weight_decay=4e-5,
-            ema_decay=0.9999,
-        )
+    _lengths(
+        config,
+        (150.0, 20.0, 100.0),
+        (0.4, 0.1, 0.2),
+        batch_size=1024,
+        warmup_epochs=5.0,
+        weight_decay=4e-5,
+        ema_decay=0.9999,
+    )
     config.update(log_every=100, checkpoint_seconds=600.0)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import jaxkd
 from jaxkd import data, models, watch
+from jaxkd.models import layers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT = [
@@ -230,7 +231,7 @@ def test_saved_models_are_checked(tmp_path):
 
 
 def test_models_from_outside_are_handed_in(tmp_path):
-    class Mine(models.mobilenet.ConvBN):
+    class Mine(layers.ConvBN):
         """A class that the registry does not know."""
 
     model = Mine(8, 3)

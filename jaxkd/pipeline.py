@@ -135,15 +135,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         raise errors.ConfigError(
             'model.arguments', arguments, why=' '.join(str(error).split())
         ) from error
-    graph = tracing.trace(model, variables, image, train=False)
-    try:
-        blocks = [(str(pattern), dict(settings)) for pattern, settings in config.blocks]
-    except (TypeError, ValueError):
-        raise errors.ConfigError(
-            'blocks',
-            config.blocks,
-            why="it must be a tuple of pairs, such as (('block1/', {'strength': 2.0}),)",
-        ) from None
+    graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
+    cut.rehearse(graph)  # a network that cannot be cut had better say so now
+    blocks = blocking.pairs(config.blocks)
     limits = blocking.resolve(graph, blocks)
     budget = blocking.budgets(graph, **config.budget)
     gated = gates.find(graph)
@@ -269,7 +263,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         analysis = plain.lower(variables, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
             'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
-            **{resource: cost[resource] for resource in RESOURCES},
+            **{resource: cost[resource] for resource in (*RESOURCES, 'peak_activations')},
             'xla_flops': analysis.get('flops'),
         }
     for name, milliseconds in _time(inference).items():
@@ -289,6 +283,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             }
             for group in plan.graph.groups
         ],
+        'inexact': small.structure.inexact,
         'seconds': loop.seconds(setup),
         'input_shape': list(plan.info.image_shape),
         'inference_batch': batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -59,11 +60,19 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactMode
 def _registered(path: str | os.PathLike, found: Structure) -> nn.Module:
     """The full-width model, if its class is one of `jaxkd.models`."""
     name = f'{found.model["module"]}:{found.model["class"]}'
-    for known in models.REGISTRY.values():
+    for network in models.REGISTRY.values():
+        known = network.func if isinstance(network, functools.partial) else network
         if name == f'{known.__module__}:{known.__qualname__}':
             if found.model['arguments'] is not None:
-                return known(**found.model['arguments'])
+                return known(**_tuples(found.model['arguments']))
             break
     raise errors.CheckpointError(
         path, f'was made from {name}; hand in the full-width module, as load(path, model=…)'
     )
+
+
+def _tuples(value: Any) -> Any:
+    """Undoes what JSON does to tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -251,7 +251,7 @@ class Display:
         self._full = dict(full or {})
         self._clock = clock
         self._speed: tuple[float, float] | None = None  # (seconds per step, weight) measured last
-        self._measured = 0.0  # when
+        self._measured = 0.0  # when the steps left were last known
         self._shown = -math.inf  # when values were last taken or a line was printed
         self._line: tuple[str, int] | None = None  # stage and step of the last plain line
         self._live: rich.live.Live | None = None
@@ -304,10 +304,10 @@ class Display:
         samples = now.samples
         if not samples or (clock - samples[-1][0] >= 0.5 and step > samples[-1][1]):
             samples.append((clock, step))
+            self._measured = clock
             speed = now.seconds_per_step()
             if speed is not None:
                 self._speed = speed, now.weight
-                self._measured = clock
         now.newest |= values
         if clock - self._shown < (0.2 if self._terminal else 10.0):
             return

@@ -41,6 +41,15 @@ class Term(NamedTuple):
     forms: tuple[int, ...]
 
 
+class Live(NamedTuple):
+    """An array of `coefficient · Π forms[i]` bytes, alive from step `born` to step `last`."""
+
+    coefficient: int
+    forms: tuple[int, ...]
+    born: int
+    last: int
+
+
 class Row(NamedTuple):
     """What one layer costs for one example: multiply-adds, parameters, bytes of its outputs."""
 
@@ -57,12 +66,15 @@ class Cost(NamedTuple):
       flops: multiply-adds (one counts 1) of all convolutions and dots; padding counts as input.
       params: elements of the collection `params`.
       activations: bytes of the outputs of all convolutions and dots.
+      peak_activations: most bytes of inputs and intermediate arrays that are needed at one time,
+        where elementwise and rearranging operations are computed on the fly and store nothing.
       rows: the same by layer, in the order of the computation.
     """
 
     flops: int
     params: int
     activations: int
+    peak_activations: int
     rows: tuple[Row, ...]
 
     def by_layer(self) -> tuple[Row, ...]:
@@ -74,6 +86,7 @@ class Polynomial(NamedTuple):
 
     forms: tuple[Form, ...]
     terms: tuple[Term, ...]
+    lives: tuple[Live, ...]
 
     def cost(self, keep: Keep) -> Cost:
         alive = [form(keep) for form in self.forms]
@@ -85,7 +98,17 @@ class Polynomial(NamedTuple):
                 product *= alive[i]
             row[term.resource] += product
         listed = tuple(Row(layer, **row) for layer, row in rows.items())
-        return Cost(*(sum(getattr(row, r) for row in listed) for r in RESOURCES), listed)
+        totals = (sum(getattr(row, r) for row in listed) for r in RESOURCES)
+        return Cost(*totals, self._peak(alive), listed)
+
+    def _peak(self, alive: Sequence[int]) -> int:
+        """The most bytes that are alive at one time, given the positions alive in each form."""
+        change = np.zeros(max((live.last for live in self.lives), default=0) + 2, np.int64)
+        for live in self.lives:
+            size = live.coefficient * math.prod(alive[i] for i in live.forms)
+            change[live.born] += size
+            change[live.last + 1] -= size
+        return int(np.cumsum(change).max())
 
     def price(self, keep: Keep, resource: str, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The derivative of a resource in every keep, at `keep`: float64 [units] by group."""

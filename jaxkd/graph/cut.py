@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import errors
-from jaxkd.graph import structure
+from jaxkd.graph import rules, structure
 from jaxkd.graph.trace import Graph, Keep, outputs_of, plain
 
 # Largest difference of masked and compact outputs, as a share of the largest masked output, that
@@ -84,11 +85,11 @@ def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
 
     Raises:
       GraphError: where the model's code cannot run at these widths, or where the compact network
-        does not compute what the masked one does; the message names the layers or groups.
+        does not compute what the masked one does; the message names the layer and the line, or the
+        groups.
     """
     keep = graph.complete(keep)
-    shapes = cut(graph, graph.variables, keep)
-    found = structure.record(graph, keep, structure.widths(shapes))
+    found = structure.record(graph, keep, cut(graph, graph.variables, keep))
     module = structure.module(graph.model, found)
     verify(graph, keep)
     return structure.CompactModel(module, cut(graph, plain(variables), keep), found)
@@ -103,12 +104,19 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
     Raises:
       GraphError: if that is more than rounding explains, naming the groups at fault; if the
         compact network cannot run; or if the outputs prove nothing (zero or not finite).
+        Groups whose removal is known to be inexact (`trace(..., inexact='allow')`) are compared at
+        full width; with them removed, the compact network only has to run.
     """
     keep = graph.complete(keep)
+    whole = graph.keep_all()
+    inexact = {g.name: whole[g.name] for g in graph.groups if g.inexact}
+    if not all(keep[name].all() for name in inexact):
+        variables, inputs = _random(graph, seed)
+        _run_compact(graph, keep, variables, inputs)
+        keep |= inexact
     difference = _difference(graph, keep, seed)
     if difference <= TOLERANCE:
         return difference
-    whole = graph.keep_all()
     at_fault = [
         name
         for name, alive in keep.items()
@@ -122,27 +130,66 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
     )
 
 
-def _difference(graph: Graph, keep: Keep, seed: int) -> float:
+def rehearse(graph: Graph, *, seed: int = 0) -> None:
+    """`verify` with about half of every group removed: whether the model can be cut at all.
+
+    Raises:
+      GraphError: as `verify` does.
+    """
     random = np.random.default_rng(seed)
-    variables = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _random_leaf(random, leaf), graph.variables
-    )
-    inputs = jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
-    shapes = structure.widths(cut(graph, graph.variables, keep))
-    small = outputs_of(structure.resize.CompactModule(graph.model, shapes), graph.apply_kwargs)
+    keep = graph.keep_all()
+    for group in graph.groups:
+        if not group.frozen:
+            removed = random.permutation(group.size)[: group.size // 2]
+            keep[group.name][removed] = False
+    verify(graph, keep, seed=seed)
+
+
+def _random(graph: Graph, seed: int) -> tuple[Any, Any]:
+    """Variables and inputs of the full network."""
+    random = np.random.default_rng(seed)
+    variables = jax.tree.map(lambda leaf: _random_leaf(random, leaf), graph.variables)
+    return variables, jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
+
+
+def _run_compact(graph: Graph, keep: Keep, variables: Any, inputs: Any) -> list[np.ndarray]:
+    """The outputs of the compact network, given the full network's variables."""
+    record = structure.record(graph, keep, cut(graph, graph.variables, keep))
+    small = outputs_of(structure.module(graph.model, record), graph.apply_kwargs)
+    try:
+        return _run(small, cut(graph, variables, keep), inputs)
+    except Exception as error:
+        layer, line = _where(error)
+        raise errors.GraphError(
+            f'{type(graph.model).__name__} cannot run at the compact widths, because layer {layer} '
+            f'fixes a size in its own code, at {line}: {error}. Let it take the size from its '
+            "input's shape, or freeze what it is made of"
+        ) from error
+
+
+def _where(error: Exception) -> tuple[str, str]:
+    """The innermost Linen module and line of its code that an error passed through."""
+    layer, line = 'of unknown name', 'an unknown line'
+    traceback = error.__traceback__
+    while traceback:
+        code = traceback.tb_frame.f_code
+        module = traceback.tb_frame.f_locals.get('self')
+        if isinstance(module, nn.Module) and module.scope is not None:
+            layer = '"/' + '/'.join(module.path) + '"'
+        if rules.is_of_the_model(code.co_filename):
+            line = f'{code.co_filename}:{traceback.tb_lineno} ({code.co_name})'
+        traceback = traceback.tb_next
+    return layer, line
+
+
+def _difference(graph: Graph, keep: Keep, seed: int) -> float:
+    variables, inputs = _random(graph, seed)
     with futures.ThreadPoolExecutor(2) as pool:  # XLA compiles the two side by side
         runs = (
             pool.submit(_run, _full(graph, inputs), mask(graph, variables, keep), inputs),
-            pool.submit(_run, small, cut(graph, variables, keep), inputs),
+            pool.submit(_run_compact, graph, keep, variables, inputs),
         )
-        masked = runs[0].result()
-        try:
-            compacted = runs[1].result()
-        except Exception as error:
-            raise errors.GraphError(
-                f'{type(graph.model).__name__} cannot run at the compact widths, because a layer '
-                f'fixes a size in its own code: {error}'
-            ) from error
+        masked, compacted = (run.result() for run in runs)
     if not all(np.isfinite(a).all() for a in masked) or not any(a.any() for a in masked):
         raise errors.GraphError(
             f'on random variables and inputs, the outputs of {type(graph.model).__name__} are zero '

@@ -57,18 +57,6 @@ def named(axis: Axis) -> list[np.ndarray]:
     return [part.names for part in axis if part.names is not None]
 
 
-def flat(axis: Axis) -> np.ndarray | None:
-    """The name of every position of `axis`: int64 [size], or None unless just one part has names.
-
-    Positions of the merged axis (height, width, channels) are named by their channel.
-    """
-    if len(named(axis)) != 1:
-        return None
-    index = next(i for i, part in enumerate(axis) if part.names is not None)
-    before, after = size(axis[:index]), size(axis[index + 1 :])
-    return np.tile(np.repeat(axis[index].names, after), before)
-
-
 class Frozen(NamedTuple):
     """Why a name may not be removed."""
 
@@ -77,14 +65,56 @@ class Frozen(NamedTuple):
     source: str
 
 
-class Ties:
-    """What has been found out about the names: which belong together, which must stay."""
+class Product(NamedTuple):
+    """An axis that is indexed like a table: position (i, j, …) is kept if i is, and j is, and ….
 
-    def __init__(self):
+    Attributes:
+      names: int64 [n, m, …], of the positions.
+      factors: int64 [n], int64 [m], …; None for a dimension whose positions have no names.
+      why: what to say where this keeps something from being removed.
+    """
+
+    names: np.ndarray
+    factors: tuple[np.ndarray | None, ...]
+    why: Frozen
+
+
+class Components(NamedTuple):
+    """The connected components of the ties.
+
+    Attributes:
+      of: int [names], the component of each name.
+      windows: bool [components], whether a component is a mere window.
+      stays: bool [components], whether it is kept: frozen, or a window.
+      frozen: the first reason to keep it, for each component that has one.
+      inexact: for components whose removal changes what the others compute: where that is.
+    """
+
+    of: np.ndarray
+    windows: np.ndarray
+    stays: np.ndarray
+    frozen: dict[int, Frozen]
+    inexact: dict[int, Frozen]
+
+
+class Ties:
+    """What has been found out about the names: which belong together, which must stay.
+
+    Args:
+      allow_inexact: whether a name may be removed although a mean, a maximum or the like was taken
+        over it, so that the other channels change.
+    """
+
+    def __init__(self, allow_inexact: bool = False):
         self.count = 0
+        self.allow_inexact = allow_inexact
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._products: list[Product] = []
+        # The names of tables, by their dimensions. The axis is kept, so that ids stay its own.
+        self._tables: dict[tuple[tuple[int, int], ...], tuple[Axis, np.ndarray]] = {}
         self._windows: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, Frozen]] = []
+        self._inexact: list[tuple[np.ndarray, Frozen]] = []
 
     def fresh(self, number: int) -> np.ndarray:
         """`number` new names."""
@@ -104,13 +134,63 @@ class Ties:
         """No position of `axis` may be removed."""
         self._frozen.extend((names, why) for names in named(axis))
 
-    def components(self) -> tuple[np.ndarray, np.ndarray, dict[int, Frozen]]:
-        """The connected components of the ties.
+    def reduce(self, axis: Axis, why: Frozen) -> None:
+        """One value is made of the positions of `axis`: without some of them it is another one."""
+        (self._inexact if self.allow_inexact else self._frozen).extend(
+            (names, why) for names in named(axis)
+        )
 
-        Returns:
-          component of each name, int [names]; whether a component is a mere window,
-          bool [components]; the first reason to keep it, for each component that has one.
+    def split(self, names: np.ndarray, sizes: tuple[int, int], why: Frozen) -> tuple[Part, Part]:
+        """Looks at an axis as at a table of `sizes`: its rows and its columns get names."""
+        rows, columns = (self.fresh(n) for n in sizes)
+        self._products.append(Product(names.reshape(sizes), (rows, columns), why))
+        parts = Part(sizes[0], rows), Part(sizes[1], columns)
+        self._tables[_key(parts)] = parts, names
+        return parts
+
+    def flat(self, axis: Axis, why: Frozen) -> np.ndarray | None:
+        """The name of every position of `axis`: int64 [size], or None where no part has names.
+
+        Positions of the merged axis (height, width, channels) are named by their channel. Where
+        several parts have names, positions get names of their own.
         """
+        vectors = named(axis)
+        if not vectors:
+            return None
+        if len(vectors) == 1:
+            index = next(i for i, part in enumerate(axis) if part.names is not None)
+            before, after = size(axis[:index]), size(axis[index + 1 :])
+            return np.tile(np.repeat(axis[index].names, after), before)
+        if _key(axis) not in self._tables:
+            table = self.fresh(size(axis))
+            shape = [part.size for part in axis]
+            self._products.append(
+                Product(table.reshape(shape), tuple(part.names for part in axis), why)
+            )
+            self._tables[_key(axis)] = axis, table
+        return self._tables[_key(axis)][1]
+
+    def components(self) -> Components:
+        """The connected components, after every product has been settled.
+
+        A table loses whole rows or whole columns. Where all but one of its dimensions cannot lose
+        anything, its positions go with that one. Where several could, the last one does: code that
+        divides channels fixes the number of pieces and computes their size.
+        """
+        waiting = list(self._products)
+        while True:
+            found = self._connect()
+            if not waiting:
+                return found
+            left = [product for product in waiting if not self._settle(product, found)]
+            if len(left) == len(waiting):
+                movable = self._movable(left[0], found)
+                exact = [f for f in movable if not found.inexact.keys() & set(found.of[f])]
+                chosen = (exact or movable)[-1]
+                self._frozen.extend((f, left[0].why) for f in movable if f is not chosen)
+            waiting = left
+
+    def _connect(self) -> Components:
         rows = np.concatenate([np.empty(0, int), *(a for a, _ in self._pairs)])
         columns = np.concatenate([np.empty(0, int), *(b for _, b in self._pairs)])
         graph = sparse.coo_array(
@@ -120,16 +200,45 @@ class Ties:
         windows = np.zeros(number, bool)
         for names in self._windows:
             windows[component[names]] = True
-        frozen: dict[int, Frozen] = {}
-        for names, why in self._frozen:
-            for c in np.unique(component[names]):
-                frozen.setdefault(int(c), why)
-        return component, windows, frozen
+        reasons: tuple[dict[int, Frozen], dict[int, Frozen]] = {}, {}
+        for found, entries in zip(reasons, (self._frozen, self._inexact), strict=True):
+            for names, why in entries:
+                for c in np.unique(component[names]):
+                    found.setdefault(int(c), why)
+        stays = windows.copy()
+        stays[list(reasons[0])] = True
+        return Components(component, windows, stays, *reasons)
 
-    def unify(self, a: Axis, b: Axis, why: Frozen) -> Axis:
+    def _movable(self, product: Product, found: Components) -> list[np.ndarray]:
+        """The dimensions of a table of which some position can be removed."""
+        factors = (factor for factor in product.factors if factor is not None)
+        return [factor for factor in factors if not found.stays[found.of[factor]].all()]
+
+    def _settle(self, product: Product, found: Components) -> bool:
+        """Writes a product as ties, if it is clear which; whether it was."""
+        movable = self._movable(product, found)
+        names = product.names.reshape(-1)
+        if movable and found.stays[found.of[names]].all():
+            why = found.frozen.get(int(found.of[names[0]]), product.why)
+            self._frozen.extend((factor, why) for factor in movable)
+        elif not movable:
+            last = next(f for f in reversed(product.factors) if f is not None)
+            self._frozen.append((names, found.frozen.get(int(found.of[last[0]]), product.why)))
+        elif len(movable) == 1:
+            i = next(i for i, factor in enumerate(product.factors) if factor is movable[0])
+            shape = [-1 if j == i else 1 for j in range(product.names.ndim)]
+            self.tie(
+                np.broadcast_to(movable[0].reshape(shape), product.names.shape).reshape(-1), names
+            )
+        else:
+            return False
+        return True
+
+    def unify(self, a: Axis, b: Axis, why: Frozen, summed: bool = False) -> Axis:
         """Ties two axes of one size that an operation puts side by side; the axis that results.
 
-        What cannot be expressed as ties is frozen, for the reason `why`.
+        What cannot be expressed as ties is frozen, for the reason `why`. If the operation sums over
+        the axis, names that meet nothing but a constant are reduced.
         """
         result: list[Part] = []
         left, right = list(a), list(b)
@@ -140,10 +249,10 @@ class Ties:
                     chunks[0].append(left.pop(0))
                 else:
                     chunks[1].append(right.pop(0))
-            result.extend(self._unify_chunk(tuple(chunks[0]), tuple(chunks[1]), why))
+            result.extend(self._unify_chunk(tuple(chunks[0]), tuple(chunks[1]), why, summed))
         return tuple(result)
 
-    def _unify_chunk(self, a: Axis, b: Axis, why: Frozen) -> Axis:
+    def _unify_chunk(self, a: Axis, b: Axis, why: Frozen, summed: bool) -> Axis:
         """`unify` for axes that have no common inner boundary."""
         if not named(a):
             a, b = b, a
@@ -156,11 +265,12 @@ class Ties:
             bounds = [part.bound for part in b if part.bound]
             if bounds:
                 self.freeze(a, why._replace(reason=INPUT) if INPUT in bounds else why)
+            elif summed:
+                self.reduce(a, why)
             return a
-        flat_a, flat_b = flat(a), flat(b)
-        if flat_a is None or flat_b is None:
-            self.freeze(a, why)
-            self.freeze(b, why)
-        else:
-            self.tie(flat_a, flat_b)
+        self.tie(self.flat(a, why), self.flat(b, why))
         return a if len(a) >= len(b) else b
+
+
+def _key(axis: Axis) -> tuple[tuple[int, int], ...]:
+    return tuple((part.size, id(part.names)) for part in axis)

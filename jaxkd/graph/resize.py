@@ -1,41 +1,125 @@
 """Runs a module's own code at other widths.
 
-While the wrapped model is called, every layer that carries its width in a field is replaced by its
-clone with the width that its parameters have now. Layers that take their shapes from their input
-(BatchNorm, or somebody's own with `self.param`) need nothing.
+While the wrapped model is called, every layer that carries its width in a field has that field set
+to the width that its parameters have now. Layers that take their shapes from their input (norms, or
+somebody's own with `self.param`) need nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import functools
+import math
 from typing import Any
 
 from flax import linen as nn
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
-def _conv(module: nn.Conv, shapes: Shapes, x: Any) -> dict[str, Any]:
-    *_, inputs, features = shapes['kernel']
+def _conv(module: nn.Conv, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    *_, inputs, features = now['kernel']
     return {'features': features, 'feature_group_count': x.shape[-1] // inputs}
 
 
-def _conv_transpose(module: nn.ConvTranspose, shapes: Shapes, x: Any) -> dict[str, Any]:
-    del x
-    return {'features': shapes['kernel'][-2 if module.transpose_kernel else -1]}
+def _conv_local(module: nn.ConvLocal, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    return {'features': now['kernel'][-1]}
 
 
-def _dense(module: nn.Dense, shapes: Shapes, x: Any) -> dict[str, Any]:
-    del module, x
-    return {'features': shapes['kernel'][-1]}
+def _conv_transpose(module: nn.ConvTranspose, now: Shapes, before: Shapes, x: Any) -> dict:
+    return {'features': now['kernel'][-2 if module.transpose_kernel else -1]}
 
 
-# How to find a layer's new fields from the shapes of its parameters and its input.
-RESIZED: dict[type[nn.Module], Callable[[Any, Shapes, Any], dict[str, Any]]] = {
+def _dense(module: nn.Dense, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    return {'features': now['kernel'][-1]}
+
+
+def _dense_general(module: nn.DenseGeneral, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    if isinstance(module.features, int):
+        return {'features': now['kernel'][-1]}
+    return {'features': now['kernel'][-len(module.features) :]}
+
+
+def _einsum(module: nn.Einsum, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    return {'shape': now['kernel'][-len(module.shape) :]}
+
+
+def _embed(module: nn.Embed, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    return {'features': now['embedding'][-1]}
+
+
+def _group_norm(module: nn.GroupNorm, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    """Groups keep their size; there are fewer."""
+    name = next(iter(now), None)
+    if module.num_groups is None or name is None:
+        return {}
+    return {'num_groups': now[name][-1] * module.num_groups // before[name][-1]}
+
+
+def _attention(
+    module: nn.MultiHeadDotProductAttention, now: Shapes, before: Shapes, x: Any
+) -> dict[str, Any]:
+    """Fewer heads, or narrower ones; queries are still divided by the root of the full width."""
+    heads, width = now['query/kernel'][-2:]
+    fields = {
+        'num_heads': heads,
+        'qkv_features': heads * width,
+        'out_features': now['out/kernel'][-1],
+    }
+    full = before['query/kernel'][-1]
+    if width != full:
+        fields['attention_fn'] = functools.partial(
+            _scaled, module.attention_fn, math.sqrt(width / full)
+        )
+    return fields
+
+
+def _scaled(attention: Callable[..., Any], factor: float, query: Any, *args: Any, **kwargs: Any):
+    return attention(query * factor, *args, **kwargs)
+
+
+# How to find a layer's new fields from the shapes of its parameters, in the compact and in the full
+# network, and its input.
+RESIZED: dict[type[nn.Module], Callable[[Any, Shapes, Shapes, Any], dict[str, Any]]] = {
     nn.Conv: _conv,
+    nn.ConvLocal: _conv_local,
     nn.ConvTranspose: _conv_transpose,
     nn.Dense: _dense,
+    nn.DenseGeneral: _dense_general,
+    nn.Einsum: _einsum,
+    nn.Embed: _embed,
+    nn.GroupNorm: _group_norm,
+    nn.MultiHeadDotProductAttention: _attention,
 }
+
+
+def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
+    """For layers of other people: the fields that hold the old size of an axis of a parameter.
+
+    The last axes are asked first, because the others come from the layer's input as a rule. What
+    is not clear is left alone. `verify` says whether it was right.
+    """
+    sizes: dict[int, int] = {}
+    for axes in (slice(-1, None), slice(None, -1)):
+        pairs = {
+            pair for name in now for pair in zip(before[name][axes], now[name][axes], strict=True)
+        }
+        clear = {old: new for old, new in pairs if len([1 for o, _ in pairs if o == old]) == 1}
+        sizes = clear | sizes
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(map(changed, value)) if type(value) in (tuple, list) else value
+        return sizes.get(value, value) if type(value) is int else value
+
+    return {
+        field.name: changed(getattr(module, field.name))
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ('parent', 'name')
+    }
 
 
 class CompactModule(nn.Module):
@@ -44,10 +128,12 @@ class CompactModule(nn.Module):
     Attributes:
       model: the module at its full width.
       widths: for each layer, by its path such as 'stem/conv', the shapes of its parameters.
+      full_widths: the same of the full network.
     """
 
     model: nn.Module
     widths: Mapping[str, Shapes]
+    full_widths: Mapping[str, Shapes]
 
     def setup(self):
         nn.share_scope(self, self.model)
@@ -61,21 +147,58 @@ class CompactModule(nn.Module):
 
         def intercept(call, args, kwargs, context):
             module = context.module
-            rule = next((RESIZED[c] for c in type(module).__mro__ if c in RESIZED), None)
-            shapes = self.widths.get('/'.join(module.path[root:]))
-            if rule is None or shapes is None or context.method_name != '__call__':
+            x = None
+            if context.method_name == '__call__':
+                x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
+            with _fields(module, _new_fields(self, module, module.path[root:], x)):
                 return call(*args, **kwargs)
-            fields = rule(module, shapes, args[0] if args else kwargs['inputs'])
-            if all(getattr(module, field) == value for field, value in fields.items()):
-                return call(*args, **kwargs)
-            if module.has_variable('params', 'kernel'):
-                # Linen traces the initializer of a kernel that exists, to compare the shapes:
-                # half the time of tracing a compact network, if random numbers were drawn.
-                fields['kernel_init'] = nn.initializers.zeros_init()
-            return module.clone(parent=module.scope, **fields)(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
             if isinstance(method, str):
                 return getattr(self.model, method)(*args, **kwargs)
             # A bound method hangs on the unbound model: take its function, as Linen does.
             return getattr(method, '__func__', method)(self.model, *args, **kwargs)
+
+
+def _new_fields(
+    compact: CompactModule, module: nn.Module, path: tuple[str, ...], x: Any
+) -> dict[str, Any]:
+    """The fields of a layer that have to change while it is called with `x`."""
+    rule = next((RESIZED[c] for c in type(module).__mro__ if c in RESIZED), _by_size)
+    now, before = (
+        _below(table, '/'.join(path), ('query', 'out') if rule is _attention else ())
+        for table in (compact.widths, compact.full_widths)
+    )
+    # A convolution whose kernel is as before may have lost groups; it is asked when it is called.
+    if not now or (x is None if rule is _conv else now == before):
+        return {}
+    fields = rule(module, now, before, x)
+    fields = {name: value for name, value in fields.items() if getattr(module, name) != value}
+    if fields and hasattr(module, 'kernel_init') and module.has_variable('params', 'kernel'):
+        # Linen traces the initializer of a kernel that exists, to compare the shapes: half the time
+        # of tracing a compact network, if random numbers were drawn.
+        fields['kernel_init'] = nn.initializers.zeros_init()
+    return fields
+
+
+def _below(widths: Mapping[str, Shapes], layer: str, children: tuple[str, ...]) -> Shapes:
+    """The shapes of a layer's own parameters, or of its children's kernels."""
+    if not children:
+        return widths.get(layer, {})
+    return {f'{name}/kernel': widths[f'{layer}/{name}'.lstrip('/')]['kernel'] for name in children}
+
+
+@contextlib.contextmanager
+def _fields(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Sets fields of a module for the length of a call.
+
+    Not on a clone: names, scope and what `setup` has made stay as they are.
+    """
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

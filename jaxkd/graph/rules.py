@@ -6,7 +6,7 @@ one tuple of axes per result. A primitive that is not in the table freezes whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 import os
 from typing import Any, NamedTuple
@@ -18,13 +18,37 @@ import numpy as np
 from jaxkd.graph import names
 from jaxkd.graph.names import Axis, Frozen, Part
 
-Array = tuple[Axis, ...]
+
+class Array(tuple[Axis, ...]):
+    """The axes of an array.
+
+    Attributes:
+      held: which of `Context.stored` it is computed from on the fly.
+    """
+
+    held: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, axes: Iterable[Axis], held: frozenset[int]) -> Array:
+        array = cls(axes)
+        array.held = held
+        return array
+
+
+class Stored(NamedTuple):
+    """An array that is written to memory: made in step `born`, last read in step `last`."""
+
+    axes: Sequence[Axis]
+    itemsize: int
+    born: int
+    last: int
 
 
 class Layer(NamedTuple):
     """A convolution or dot that the network was seen to do, and what it costs.
 
     Attributes:
+      primitive: 'conv_general_dilated' or 'dot_general'.
       scope: the module's name stack, as JAX records it.
       kernel: the axes of the right operand, for finding the parameter that it came from.
       out: the names of the output's channels, if any.
@@ -34,6 +58,7 @@ class Layer(NamedTuple):
       outputs: axes whose sizes' product is the output's elements for one example.
     """
 
+    primitive: str
     scope: str
     kernel: Array
     out: np.ndarray | None
@@ -44,17 +69,20 @@ class Layer(NamedTuple):
 
 
 class Context:
-    """The state of one walk through a program: ties so far, layers so far."""
+    """The state of one walk through a program: ties, layers, arrays stored so far."""
 
-    def __init__(self):
-        self.ties = names.Ties()
+    def __init__(self, allow_inexact: bool = False):
+        self.ties = names.Ties(allow_inexact)
         self.layers: list[Layer] = []
-        self.unknown: dict[str, str] = {}  # primitives without a rule, and where the first stands
+        self.stored: list[Stored] = []
+        self._step = 0
+        self.unknown: dict[str, str] = {}  # primitives that are not understood, with a note
         self._calls: list[Any] = []  # the equations that are being entered, outermost first
 
     def walk(self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Array]) -> list[Array]:
         """Evaluates `jaxpr` on names. `consts` are the values of its constants."""
         environment: dict[Any, Array] = {}
+        operands = [x if isinstance(x, Array) else Array(x) for x in operands]
 
         def read(atom) -> Array:
             if isinstance(atom, jax.extend.core.Literal):
@@ -65,11 +93,36 @@ class Context:
         environment.update(zip(jaxpr.invars, operands, strict=True))
         for eqn in jaxpr.eqns:
             rule = RULES.get(eqn.primitive.name, _unknown)
+            inputs = list(map(read, eqn.invars))
             self._calls.append(eqn)
-            results = rule(self, eqn, *map(read, eqn.invars))
+            results = rule(self, eqn, *inputs)
             self._calls.pop()
-            environment.update(zip(eqn.outvars, results, strict=True))
+            environment.update(zip(eqn.outvars, self._hold(eqn, inputs, results), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def store(self, axes: Sequence[Axis], itemsize: int) -> Array:
+        """An array that is written to memory in this step."""
+        self.stored.append(Stored(axes, itemsize, self._step, self._step))
+        return Array.of(axes, frozenset([len(self.stored) - 1]))
+
+    def use(self, arrays: Iterable[Array]) -> None:
+        """Something reads `arrays` now: what they are computed from was alive until here."""
+        self._step += 1
+        for i in frozenset[int]().union(*(array.held for array in arrays)):
+            self.stored[i] = self.stored[i]._replace(last=self._step)
+
+    def _hold(self, eqn: Any, inputs: Sequence[Array], results: Sequence[Array]) -> list[Array]:
+        """The results with what they hold in memory; an inner program's have it already."""
+        if RULES.get(eqn.primitive.name) is _call:
+            return list(results)
+        if eqn.primitive.name in _ON_THE_FLY:
+            held = frozenset[int]().union(*(array.held for array in inputs))
+            return [Array.of(axes, held) for axes in results]
+        self.use(inputs)
+        return [
+            self.store(axes, getattr(var.aval.dtype, 'itemsize', 1))
+            for axes, var in zip(results, eqn.outvars, strict=True)
+        ]
 
     def why(self, eqn: Any, reason: str) -> Frozen:
         # What stands inside a jitted function of JAX has no line of the model; its caller has.
@@ -87,10 +140,10 @@ def constant(value: Any) -> Array:
     shape = np.shape(value)
     # Empty, or too large to look at: bound is always right.
     if not 0 < math.prod(shape) <= 1_000_000 or not shape:
-        return tuple(names.bound(n) for n in shape)
+        return Array(names.bound(n) for n in shape)
     value = np.asarray(value)
     uniform = [bool(np.all(value == value.take([0], axis))) for axis in range(value.ndim)]
-    return tuple(
+    return Array(
         names.free(n) if same else names.bound(n) for n, same in zip(shape, uniform, strict=True)
     )
 
@@ -102,11 +155,16 @@ _LIBRARIES = tuple(
 )
 
 
+def is_of_the_model(file: str) -> bool:
+    """Whether a file of Python code is neither JAX's, nor Flax's, nor part of this package."""
+    return not file.startswith(_LIBRARIES)
+
+
 def _source(eqn: Any) -> str | None:
     """The line of the model's code that `eqn` comes from: "file:line (function)"."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
-        if not frame.file_name.startswith(_LIBRARIES):
+        if is_of_the_model(frame.file_name):
             return f'{frame.file_name}:{frame.line_num} ({frame.function_name})'
     return None
 
@@ -119,13 +177,13 @@ def _unknown(context: Context, eqn: Any, *operands: Array) -> list[Array]:
         for axis in operand:
             context.ties.freeze(axis, why)
             touched = touched or bool(names.named(axis))
-    source = why.source
+    note = f'has no rule, first met at {why.source}'
     if _computes(eqn):  # nothing that costs may go by unsaid
         touched = True
-        source += '; the convolutions and dots inside are not in the cost'
+        note += '; the convolutions and dots inside are not in the cost'
     if touched:
-        context.unknown.setdefault(name, source)
-    batch = any(part.bound == names.BATCH for o in operands for axis in o for part in axis)
+        context.unknown.setdefault(name, note)
+    batch = any(map(_batched, operands))
     results = []
     for var in eqn.outvars:
         axes = [names.bound(n) for n in var.aval.shape]
@@ -206,47 +264,73 @@ def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Arra
                 axis.append(part)
                 missing //= part.size
                 continue
-            inner = math.gcd(part.size, missing)
             if part.size % missing:  # the boundary falls inside of both: nothing to hold on to
-                inner = 1
-            if inner == 1:
                 rest = math.prod(p.size for p in parts) * part.size
                 for p in (part, *axis, *parts):
                     context.ties.freeze((p,), why)
-                parts = [Part(rest // missing, None, names.POSITION)]
-                axis.append(Part(missing, None, names.POSITION))
+                parts = [names.Part(rest // missing, None, names.POSITION)]
+                axis.append(names.Part(missing, None, names.POSITION))
+            elif part.names is None:
+                axis.append(part._replace(size=missing))
+                parts.insert(0, part._replace(size=part.size // missing))
             else:
-                context.ties.freeze((part,), why)
-                known = part.bound if part.names is None else names.POSITION
-                axis.append(Part(missing, None, known))
-                parts.insert(0, Part(part.size // missing, None, known))
+                sizes = missing, part.size // missing
+                outer, inner = context.ties.split(part.names, sizes, why)
+                axis.append(outer)
+                parts.insert(0, inner)
             missing = 1
         result.append(tuple(axis) if axis else names.free(1))
     return [tuple(result)]
 
 
 def _reduce(context: Context, eqn: Any, *operands: Array) -> list[Array]:
-    axes = eqn.params['axes']
-    why = context.why(eqn, 'its channels are reduced to one value')
+    axes = eqn.params['axes'] if 'axes' in eqn.params else eqn.params['dimensions']
+    operands = operands[: len(eqn.outvars)]  # a general reduction has initial values besides
+    why = context.why(eqn, 'one value is made of all its channels')
     for operand in operands:
         for i in axes:
-            context.ties.freeze(operand[i], why)
+            context.ties.reduce(operand[i], why)
     kept = tuple(axis for i, axis in enumerate(operands[0]) if i not in axes)
     return [kept] * len(eqn.outvars)
 
 
-def _partly(context: Context, eqn: Any, x: Array, same: Sequence[bool], reason: str) -> list[Array]:
+def _argmax(context: Context, eqn: Any, x: Array) -> list[Array]:
+    axes = eqn.params['axes']
+    why = context.why(eqn, 'its channels are counted')
+    for i in axes:
+        context.ties.freeze(x[i], why)
+    return [tuple(axis for i, axis in enumerate(x) if i not in axes)]
+
+
+def _stop(context: Context, axis: Axis, n: int, why: Frozen) -> Axis:
+    """An axis of `n` positions made of `axis` in a way that keeps none of its names."""
+    context.ties.freeze(axis, why)
+    return names.bound(n, next((part.bound for part in axis if part.bound), names.POSITION))
+
+
+def _partly(context: Context, eqn: Any, same: Sequence[bool], reason: str, x: Array) -> list[Array]:
     """Hands on the axes that stay the `same`, and freezes the others."""
     why = context.why(eqn, reason)
-    result = []
-    for axis, n, unchanged in zip(x, eqn.outvars[0].aval.shape, same, strict=True):
-        if unchanged:
-            result.append(axis)
-        else:
-            context.ties.freeze(axis, why)
-            known = next((part.bound for part in axis if part.bound), names.POSITION)
-            result.append(names.bound(n, known))
-    return [tuple(result)]
+    shape = eqn.outvars[0].aval.shape
+    result = tuple(
+        axis if unchanged else _stop(context, axis, n, why)
+        for axis, n, unchanged in zip(x, shape, same, strict=True)
+    )
+    return [result] * len(eqn.outvars)
+
+
+def _along(context: Context, eqn: Any, *operands: Array) -> list[Array]:
+    """What runs along one axis: cumulative sums and the like, sorting."""
+    axis = next(eqn.params[k] for k in ('axis', 'dimension') if k in eqn.params)
+    same = [i != axis for i in range(len(operands[0]))]
+    reason = 'what becomes of a channel depends on the channels beside it'
+    return [_partly(context, eqn, same, reason, operand)[0] for operand in operands]
+
+
+def _top_k(context: Context, eqn: Any, x: Array) -> list[Array]:
+    axis = eqn.params.get('axis', len(x) - 1) % len(x)
+    same = [i != axis for i in range(len(x))]
+    return _partly(context, eqn, same, 'the largest of its channels are taken', x)
 
 
 def _reduce_window(context: Context, eqn: Any, x: Array, *initial: Array) -> list[Array]:
@@ -258,7 +342,7 @@ def _reduce_window(context: Context, eqn: Any, x: Array, *initial: Array) -> lis
             params['window_dimensions'], params['window_strides'], params['padding'], strict=True
         )
     ]
-    return _partly(context, eqn, x, same, 'a pooling window runs over its channels')
+    return _partly(context, eqn, same, 'a pooling window runs over its channels', x)
 
 
 def _concatenate(context: Context, eqn: Any, *operands: Array) -> list[Array]:
@@ -270,35 +354,151 @@ def _concatenate(context: Context, eqn: Any, *operands: Array) -> list[Array]:
             if i != dimension:
                 result[i] = context.ties.unify(result[i], axis, why)
     joined = [operand[dimension] for operand in operands]
-    vectors = [names.flat(axis) for axis in joined]
-    if all(vector is not None for vector in vectors):
-        vector = np.concatenate(vectors)
-        result[dimension] = (Part(len(vector), vector),)
-    else:
-        why = context.why(eqn, 'concatenated with something that has no channels')
-        for axis in joined:
-            context.ties.freeze(axis, why)
+    if not any(map(names.named, joined)):
         bounds = {part.bound for axis in joined for part in axis}
         known = names.BATCH if names.BATCH in bounds else names.POSITION
         result[dimension] = names.bound(sum(map(names.size, joined)), known)
+        return [tuple(result)]
+    vectors = []
+    for axis in joined:
+        vector = context.ties.flat(axis, why)
+        if vector is None:  # positions that stay, beside channels that need not
+            vector = context.ties.fresh(names.size(axis))
+            context.ties.freeze((Part(len(vector), vector),), why)
+        vectors.append(vector)
+    vector = np.concatenate(vectors)
+    result[dimension] = (Part(len(vector), vector),)
     return [tuple(result)]
 
 
 def _rev(context: Context, eqn: Any, x: Array) -> list[Array]:
     same = [i not in eqn.params['dimensions'] for i in range(len(x))]
-    return _partly(context, eqn, x, same, 'its channels are reversed')
+    return _partly(context, eqn, same, 'its channels are reversed', x)
+
+
+def _piece(context: Context, axis: Axis, where: slice, why: Frozen) -> Axis:
+    """Positions `where` of `axis`.
+
+    Code that takes one of several equal pieces computes their size from the shape: position p of
+    every piece is one unit, so that the pieces stay equal. Other pieces are taken at fixed places.
+    """
+    n = names.size(axis)
+    taken = len(range(n)[where])
+    if taken == n:
+        return axis
+    if not names.named(axis):
+        return names.bound(taken, next((p.bound for p in axis if p.bound), names.POSITION))
+    vector = context.ties.flat(axis, why)
+    if where.step == 1 and taken > 1 and n % taken == 0 and where.start % taken == 0:
+        pieces = vector.reshape(-1, taken)
+        context.ties.tie(np.tile(pieces[0], len(pieces)), vector)
+    elif where.step > 1 and n == taken * where.step:
+        context.ties.tie(np.repeat(vector[:: where.step], where.step), vector)
+    else:
+        return _stop(context, axis, taken, why)
+    return (Part(taken, vector[where]),)
 
 
 def _slice(context: Context, eqn: Any, x: Array) -> list[Array]:
-    sizes = zip(x, eqn.outvars[0].aval.shape, strict=True)
-    same = [names.size(axis) == n for axis, n in sizes]
-    return _partly(context, eqn, x, same, 'a slice of its channels is taken')
+    params = eqn.params
+    strides = params['strides'] or (1,) * len(x)
+    why = context.why(eqn, 'a slice of its channels is taken at a fixed place')
+    pieces = map(slice, params['start_indices'], params['limit_indices'], strides)
+    return [tuple(_piece(context, *pair, why) for pair in zip(x, pieces, strict=True))]
+
+
+def _split(context: Context, eqn: Any, x: Array) -> list[Array]:
+    dimension, ends = eqn.params['axis'], np.cumsum(eqn.params['sizes'])
+    why = context.why(eqn, 'its channels are split at fixed places')
+    result = []
+    for start, end in zip((0, *ends), ends, strict=False):
+        piece = _piece(context, x[dimension], slice(int(start), int(end), 1), why)
+        result.append((*x[:dimension], piece, *x[dimension + 1 :]))
+    return result
 
 
 def _pad(context: Context, eqn: Any, x: Array, value: Array) -> list[Array]:
+    """Channels that are padded get company that has no parameters of its own.
+
+    Code that pads both sides alike computes the amount from two shapes: it stays the same on both.
+    """
     del value
-    same = [tuple(padding) == (0, 0, 0) for padding in eqn.params['padding_config']]
-    return _partly(context, eqn, x, same, 'its channels are padded')
+    why = context.why(eqn, 'its channels are padded')
+    result = []
+    for axis, padding, n in zip(
+        x, eqn.params['padding_config'], eqn.outvars[0].aval.shape, strict=True
+    ):
+        low, high, interior = padding
+        vector = context.ties.flat(axis, why)
+        if not (low or high or interior):
+            result.append(axis)
+        elif vector is None or interior or min(low, high) < 0 or (low != high and low and high):
+            result.append(_stop(context, axis, n, why))
+        else:
+            company = context.ties.fresh(max(low, high))
+            around = company if low else company[:0], company if high else company[:0]
+            result.append((Part(n, np.concatenate([around[0], vector, around[1]])),))
+    return [tuple(result)]
+
+
+def _dynamic_slice(context: Context, eqn: Any, x: Array, *starts: Array) -> list[Array]:
+    del starts
+    same = [names.size(axis) == n for axis, n in zip(x, eqn.params['slice_sizes'], strict=True)]
+    return _partly(context, eqn, same, 'a slice of its channels is taken', x)
+
+
+def _dynamic_update_slice(
+    context: Context, eqn: Any, x: Array, update: Array, *starts: Array
+) -> list[Array]:
+    del starts
+    why = context.why(eqn, 'some of its channels are replaced')
+    result = []
+    for axis, other in zip(x, update, strict=True):
+        if names.size(axis) == names.size(other):
+            result.append(context.ties.unify(axis, other, why))
+        else:
+            context.ties.freeze(other, why)
+            result.append(_stop(context, axis, names.size(axis), why))
+    return [tuple(result)]
+
+
+def _gather(context: Context, eqn: Any, x: Array, indices: Array) -> list[Array]:
+    """Axes that are taken whole go on; what is picked by an index stays whole."""
+    numbers, taken = eqn.params['dimension_numbers'], eqn.params['slice_sizes']
+    why = context.why(eqn, 'its channels are picked by an index')
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    whole = [
+        axis if names.size(axis) == n else _stop(context, axis, n, why)
+        for i, (axis, n) in enumerate(zip(x, taken, strict=True))
+        if i not in dropped
+    ]
+    picks = list(indices[:-1])
+    for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):
+        picks[j] = context.ties.unify(x[i], picks[j], why)
+    for i in numbers.collapsed_slice_dims:
+        context.ties.freeze(x[i], why)
+    context.ties.freeze(indices[-1], why)
+    rank = len(eqn.outvars[0].aval.shape)
+    return [tuple(whole.pop(0) if i in numbers.offset_dims else picks.pop(0) for i in range(rank))]
+
+
+def _scatter(context: Context, eqn: Any, x: Array, indices: Array, updates: Array) -> list[Array]:
+    """Axes that are written whole go with the updates'; what an index points into stays whole."""
+    numbers = eqn.params['dimension_numbers']
+    why = context.why(eqn, 'its channels are written to by an index')
+    windows = [updates[i] for i in numbers.update_window_dims]
+    for axis in (*indices, *(axis for axis in updates if axis not in windows)):
+        context.ties.freeze(axis, why)
+    result = []
+    for i, axis in enumerate(x):
+        dropped = i in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+        update = None if dropped else windows.pop(0)
+        if update is not None and names.size(update) == names.size(axis):
+            result.append(context.ties.unify(axis, update, why))
+        else:
+            context.ties.freeze(update or (), why)
+            result.append(_stop(context, axis, names.size(axis), why))
+    return [tuple(result)]
 
 
 def _iota(context: Context, eqn: Any, *dynamic: Array) -> list[Array]:
@@ -317,18 +517,25 @@ def _dot_general(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params['dimension_numbers']
     why = context.why(eqn, 'contracted with something that has no channels to remove')
     contracted, batch = (
-        [context.ties.unify(lhs[i], rhs[j], why) for i, j in zip(left, right, strict=True)]
-        for left, right in ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
+        [context.ties.unify(lhs[i], rhs[j], why, summed) for i, j in zip(left, right, strict=True)]
+        for left, right, summed in (
+            (lhs_contract, rhs_contract, True),
+            (lhs_batch, rhs_batch, False),
+        )
     )
     lhs_free = [a for i, a in enumerate(lhs) if i not in (*lhs_contract, *lhs_batch)]
     rhs_free = [a for i, a in enumerate(rhs) if i not in (*rhs_contract, *rhs_batch)]
     result = (*batch, *lhs_free, *rhs_free)
     aval = eqn.outvars[0].aval
+    # The operand without the batch is the kernel; a product of two activations has none.
+    sides = [(rhs, rhs_free), (lhs, lhs_free)]
+    kernel, kernel_free = next((side for side in sides if not _batched(side[0])), ((), ()))
     context.layers.append(
         Layer(
+            eqn.primitive.name,
             context.scope,
-            rhs,
-            next((names.flat(axis) for axis in rhs_free if names.named(axis)), None),
+            kernel,
+            next((context.ties.flat(a, why) for a in kernel_free if names.named(a)), None),
             aval.shape,
             (*result, *contracted),
             aval.dtype.itemsize,
@@ -336,6 +543,10 @@ def _dot_general(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
         )
     )
     return [result]
+
+
+def _batched(x: Array) -> bool:
+    return any(part.bound == names.BATCH for axis in x for part in axis)
 
 
 def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Array]:
@@ -355,7 +566,7 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
     groups = params['feature_group_count']
     why = context.why(eqn, 'convolved with something that has no channels to remove')
     if groups == 1:
-        ties.unify(lhs_in, rhs_in, why)
+        ties.unify(lhs_in, rhs_in, why, summed=True)
         out = rhs_out
     else:
         out = _tie_groups(context, groups, lhs_in, rhs_in, rhs_out, why)
@@ -372,9 +583,10 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
         result[i] = axis
     context.layers.append(
         Layer(
+            eqn.primitive.name,
             context.scope,
             rhs,
-            names.flat(out),
+            ties.flat(out, why),
             aval.shape,
             (lhs_batch, *positions, *rhs_space, rhs_in, out),
             aval.dtype.itemsize,
@@ -393,15 +605,16 @@ def _tie_groups(
     position p of every group is one unit, so that whatever is kept, the groups stay equal.
     """
     ties = context.ties
-    inputs, outputs = names.flat(lhs), names.flat(rhs_out)
+    inputs, outputs = ties.flat(lhs, why), ties.flat(rhs_out, why)
     if names.size(rhs_in) == 1:
         ties.window(rhs_in)
         multiplier = names.size(rhs_out) // groups
         if inputs is not None and outputs is not None:
             ties.tie(np.repeat(inputs, multiplier), outputs)
             return rhs_out
-        if inputs is not None and multiplier == 1:  # a constant filter, such as a blur
-            return ties.unify(lhs, rhs_out, why)
+        if inputs is not None:  # constant filters, such as a blur, or all pixels of a window
+            extra = names.free(multiplier) if multiplier > 1 else ()
+            return ties.unify((*lhs, *extra), rhs_out, why)
         ties.freeze(lhs, why)
         ties.freeze(rhs_out, why)
         return rhs_out if names.named(rhs_out) else names.bound(names.size(rhs_out))
@@ -431,31 +644,62 @@ def _call(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     return context.walk(inner, (), operands)
 
 
+def _loop(
+    context: Context, eqn: Any, body: Any, consts: Sequence[Array], carry: list, inputs: Sequence
+) -> tuple[list, list[Array], int]:
+    """Enters a loop's body with one set of names for all its rounds.
+
+    Returns:
+      What is handed from round to round, the body's outputs, and the number of layers before.
+    """
+    why = context.why(eqn, 'changes its channels from round to round')
+    layers, stored = len(context.layers), len(context.stored)
+    # What is handed from round to round may get its names in a late round, in each round one more.
+    for _ in range(len(carry) + 1):
+        del context.layers[layers:], context.stored[stored:]
+        outputs = context.walk(body.jaxpr, body.consts, [*consts, *carry, *inputs])
+        carry = [
+            tuple(context.ties.unify(a, b, why) for a, b in zip(before, after, strict=True))
+            for before, after in zip(carry, outputs, strict=False)
+        ]
+    return carry, outputs, layers
+
+
 def _scan(context: Context, eqn: Any, *operands: Array) -> list[Array]:
-    """Enters a loop's body with one set of names for all its rounds."""
     params = eqn.params
     count, body = params['num_consts'], params['jaxpr']
     consts, carry = operands[:count], list(operands[count : count + params['num_carry']])
     stacked = operands[count + len(carry) :]
     for x in stacked:
         context.ties.freeze(x[0], context.why(eqn, 'a loop runs over it'))
-    why = context.why(eqn, 'changes its channels from round to round')
     inputs = [x[1:] for x in stacked]
-    mark = len(context.layers)
-    # What is handed from round to round may get its names in a late round, in each round one more.
-    for _ in range(len(carry) + 1):
-        del context.layers[mark:]
-        outputs = context.walk(body.jaxpr, body.consts, [*consts, *carry, *inputs])
-        carry = [
-            tuple(context.ties.unify(a, b, why) for a, b in zip(before, after, strict=True))
-            for before, after in zip(carry, outputs, strict=False)
-        ]
+    carry, outputs, mark = _loop(context, eqn, body, consts, carry, inputs)
     rounds = names.bound(params['length'])
     context.layers[mark:] = [
         layer._replace(factors=(*layer.factors, rounds), outputs=(*layer.outputs, rounds))
         for layer in context.layers[mark:]
     ]
     return [*carry, *((rounds, *x) for x in outputs[len(carry) :])]
+
+
+def _while(context: Context, eqn: Any, *operands: Array) -> list[Array]:
+    """A loop of unknown length; what it computes is counted once."""
+    params = eqn.params
+    first = params['cond_nconsts']
+    second = first + params['body_nconsts']
+    context.walk(
+        params['cond_jaxpr'].jaxpr,
+        params['cond_jaxpr'].consts,
+        [*operands[:first], *operands[second:]],
+    )
+    carry, _, mark = _loop(
+        context, eqn, params['body_jaxpr'], operands[first:second], list(operands[second:]), ()
+    )
+    if len(context.layers) > mark:
+        source = context.why(eqn, '').source
+        note = f'runs as long as it runs; one round is in the cost, at {source}'
+        context.unknown.setdefault('while', note)
+    return carry
 
 
 def _cond(context: Context, eqn: Any, index: Array, *operands: Array) -> list[Array]:
@@ -494,11 +738,33 @@ _ELEMENTWISE = (
 )
 # fmt: on
 
-RULES: dict[str, Callable[..., list[Array]]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+# What is computed where it is read, and stored nowhere.
+_REARRANGED = {
     **dict.fromkeys(
         ['copy', 'copy_p', 'optimization_barrier', 'sharding_constraint', 'stop_gradient'], _same
     ),
+    **dict.fromkeys(
+        [
+            *('random_bits', 'rng_bit_generator', 'rng_uniform', 'threefry2x32', 'random_seed'),
+            *('random_wrap', 'random_unwrap', 'random_split', 'random_fold_in', 'random_clone'),
+        ],
+        _random,
+    ),
+    'transpose': _transpose,
+    'broadcast_in_dim': _broadcast_in_dim,
+    'squeeze': _squeeze,
+    'reshape': _reshape,
+    'rev': _rev,
+    'slice': _slice,
+    'split': _split,
+    'pad': _pad,
+    'iota': _iota,
+}
+_ON_THE_FLY = {*_ELEMENTWISE, *_REARRANGED}
+
+RULES: dict[str, Callable[..., list[Array]]] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **_REARRANGED,
     **dict.fromkeys(
         [
             *('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint'),
@@ -509,24 +775,29 @@ RULES: dict[str, Callable[..., list[Array]]] = {
     **dict.fromkeys(
         [
             *('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce_and', 'reduce_or'),
-            *('argmax', 'argmin'),
+            *('reduce_xor', 'reduce'),
         ],
         _reduce,
     ),
+    **dict.fromkeys(['argmax', 'argmin'], _argmax),
     **dict.fromkeys(
-        ['reduce_window_sum', 'reduce_window_max', 'reduce_window_min'], _reduce_window
+        ['reduce_window_sum', 'reduce_window_max', 'reduce_window_min', 'reduce_window'],
+        _reduce_window,
     ),
-    **dict.fromkeys(['random_bits', 'rng_bit_generator', 'rng_uniform'], _random),
-    'transpose': _transpose,
-    'broadcast_in_dim': _broadcast_in_dim,
-    'squeeze': _squeeze,
-    'reshape': _reshape,
+    **dict.fromkeys(
+        ['cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp', 'sort'],
+        _along,
+    ),
+    **dict.fromkeys(
+        ['scatter', 'scatter-add', 'scatter-mul', 'scatter-min', 'scatter-max'], _scatter
+    ),
+    'top_k': _top_k,
+    'gather': _gather,
+    'dynamic_slice': _dynamic_slice,
+    'dynamic_update_slice': _dynamic_update_slice,
     'concatenate': _concatenate,
-    'rev': _rev,
-    'slice': _slice,
-    'pad': _pad,
-    'iota': _iota,
     'scan': _scan,
+    'while': _while,
     'cond': _cond,
     'dot_general': _dot_general,
     'conv_general_dilated': _convolution,

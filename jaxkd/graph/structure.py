@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxkd import cpu
+from jaxkd.graph import cost as costs
 from jaxkd.graph import resize
 from jaxkd.graph.trace import Graph, Keep
 
@@ -24,17 +25,21 @@ class Structure:
       model: {'module', 'class', 'arguments'}: where the full model's class is defined, and its
         fields. `arguments` is None where a field cannot be written as JSON.
       groups: by name, {'size': units of the full network, 'kept': indices of the units kept}.
-      widths: by layer, the shapes of its parameters in the compact network.
+      widths, full_widths: by layer, the shapes of its parameters in the compact and in the full
+        network.
       inputs: shape (with the batch traced) and dtype of each input.
-      full, compact: {'flops', 'params', 'activations'} of one example.
+      full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example.
+      inexact: by group, why the other channels changed when some of it were removed.
     """
 
     model: Mapping[str, Any]
     groups: Mapping[str, Mapping[str, Any]]
     widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+    full_widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     inputs: tuple[Mapping[str, Any], ...]
     full: Mapping[str, int]
     compact: Mapping[str, int]
+    inexact: Mapping[str, str]
 
     @property
     def keep(self) -> dict[str, np.ndarray]:
@@ -49,11 +54,14 @@ class Structure:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Structure:
-        widths = {
-            layer: {name: tuple(shape) for name, shape in shapes.items()}
-            for layer, shapes in record['widths'].items()
+        tables = {
+            table: {
+                layer: {name: tuple(shape) for name, shape in shapes.items()}
+                for layer, shapes in record[table].items()
+            }
+            for table in ('widths', 'full_widths')
         }
-        return cls(**{**record, 'widths': widths, 'inputs': tuple(record['inputs'])})
+        return cls(**{**record, **tables, 'inputs': tuple(record['inputs'])})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,26 +122,29 @@ def widths(tree: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     return result
 
 
-def record(graph: Graph, keep: Keep, compact_widths: Mapping[str, Any]) -> Structure:
-    """The structure that `keep` gives the traced network."""
+def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
+    """The structure that `keep` gives the traced network, whose variables then have `shapes`."""
+    keep = graph.complete(keep)
     full, compact = graph.cost(), graph.cost(keep)
-    resources = ('flops', 'params', 'activations')
+    resources = (*costs.RESOURCES, 'peak_activations')
     return Structure(
         model=describe(graph.model),
         groups={
             name: {'size': len(alive), 'kept': np.flatnonzero(alive).tolist()}
-            for name, alive in graph.complete(keep).items()
+            for name, alive in keep.items()
         },
-        widths=dict(compact_widths),
+        widths=widths(shapes),
+        full_widths=widths(graph.variables),
         inputs=tuple(
             {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
             for leaf in jax.tree.leaves(graph.inputs)
         ),
         full={resource: getattr(full, resource) for resource in resources},
         compact={resource: getattr(compact, resource) for resource in resources},
+        inexact={g.name: g.inexact for g in graph.groups if g.inexact and not keep[g.name].all()},
     )
 
 
 def module(model: nn.Module, structure: Structure) -> nn.Module:
     """The model at the structure's widths."""
-    return resize.CompactModule(model, structure.widths)
+    return resize.CompactModule(model, structure.widths, structure.full_widths)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
+import warnings
 
 from flax import linen as nn
 from flax import traverse_util
@@ -21,8 +22,10 @@ import numpy as np
 from jaxkd import cpu, errors
 from jaxkd.graph import cost as costs
 from jaxkd.graph import names, rules
+from jaxkd.graph import table as tables
 
 Keep = costs.Keep
+INEXACT = ('freeze', 'allow')
 
 
 class Member(NamedTuple):
@@ -50,7 +53,9 @@ class ChannelGroup:
       members: the parameter axes concerned.
       positions: for each member, int [size, k]: the positions of each unit.
       frozen: why no unit may be removed, or None.
-      primitive, source: the operation that froze the group and its line in the model's code.
+      primitive, source: the operation that froze the group, or made it inexact, and its line in the
+        model's code.
+      inexact: why the other channels change when units are removed, or None.
     """
 
     name: str
@@ -60,6 +65,7 @@ class ChannelGroup:
     frozen: str | None = None
     primitive: str = ''
     source: str = ''
+    inexact: str | None = None
 
 
 class FrozenGroup(NamedTuple):
@@ -79,7 +85,8 @@ class Graph:
       inputs, apply_kwargs: what it was traced with; arrays as `jax.ShapeDtypeStruct`s.
       program: the jaxpr of `model.apply`, from the leaves of variables and inputs to the outputs'.
       groups: all channel groups, in the order of the computation.
-      unknown: primitives without a rule that met channels, with a line of the model's code.
+      unknown: primitives that were not understood, each with what that means and a line of the
+        model's code.
     """
 
     model: nn.Module
@@ -148,31 +155,16 @@ class Graph:
 
     def table(self, keep: Keep | None = None) -> str:
         """The layers, the groups with their members, and the costs, for people to read."""
-        keep = self.complete(keep)
-        full, cost = self.cost(), self.cost(keep)
-        width = max(len(row.layer) for row in full.rows)
-        lines = [f'{"layer":{width}} {"multiply-adds":>15} {"parameters":>12} {"bytes out":>12}']
-        for row in (*cost.rows, costs.Row('total', cost.flops, cost.params, cost.activations)):
-            lines.append(
-                f'{row.layer:{width}} {row.flops:15,} {row.params:12,} {row.activations:12,}'
-            )
-        width = max(len(group.name) for group in self.groups)
-        lines += ['', f'{"group":{width}} {"kept":>11}  members']
-        for group in self.groups:
-            kept = f'{int(keep[group.name].sum())}/{group.size}'
-            members = (
-                f'{m.path.removeprefix("params/")}[{m.axis}]'
-                for m in group.members
-                if m.path.startswith('params/')
-            )
-            note = f'  frozen: {group.frozen}' if group.frozen else ''
-            lines.append(f'{group.name:{width}} {kept:>11}  {" ".join(members)}{note}')
-        for primitive, source in self.unknown.items():
-            lines.append(f'primitive {primitive} has no rule; first met at {source}')
-        return '\n'.join(lines)
+        return tables.table(self, keep)
 
 
-def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -> Graph:
+def trace(
+    model: nn.Module,
+    variables: Any,
+    *inputs: Any,
+    inexact: str = 'freeze',
+    **apply_kwargs: Any,
+) -> Graph:
     """Finds the channel groups of a Linen module and what they cost.
 
     Args:
@@ -180,14 +172,19 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
       variables: its variables, arrays or `jax.ShapeDtypeStruct`s; nothing is computed with them.
       *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s (or trees of them). The
         leading axis of each is the batch.
+      inexact: what becomes of channels over which a mean, a maximum or the like is taken, as
+        LayerNorm does: 'freeze' keeps them; 'allow' lets them be removed, although the channels
+        that are left then change.
       **apply_kwargs: further arguments of `model.apply`, such as `train=False`.
 
     Returns:
-      The graph.
+      The graph. Warns with the reasons if most of the parameters are in layers that stay whole.
 
     Raises:
       GraphError: where the module cannot be applied to these variables and inputs.
     """
+    if inexact not in INEXACT:
+        raise errors.ConfigError('inexact', inexact, allowed=INEXACT)
     variables = jax.tree.map(_abstract, plain(variables))
     inputs = jax.tree.map(_abstract, tuple(inputs))
     try:
@@ -199,7 +196,7 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
             f'{type(error).__name__}: {error}'
         ) from error
 
-    context = rules.Context()
+    context = rules.Context(allow_inexact=inexact == 'allow')
     paths = list(traverse_util.flatten_dict(variables, sep='/').items())
     starts: list[tuple[str, int, int, int]] = []  # path, axis, first name, number of names
     operands: dict[str, rules.Array] = {}
@@ -214,7 +211,7 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
         axes = [names.bound(n, names.INPUT) for n in leaf.shape]
         if axes:
             axes[0] = names.bound(leaf.shape[0], names.BATCH)
-        by_leaf.append(tuple(axes))
+        by_leaf.append(context.store(axes, leaf.dtype.itemsize))
 
     read = {id(atom) for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars}
     read.update(map(id, jaxpr.jaxpr.outvars))
@@ -225,22 +222,26 @@ def trace(model: nn.Module, variables: Any, *inputs: Any, **apply_kwargs: Any) -
                 context.ties.freeze(axis, idle)
 
     outputs = context.walk(jaxpr.jaxpr, jaxpr.consts, by_leaf)
+    context.use(outputs)
     out = names.Frozen('network output', 'output', 'the value that the model returns')
     for output in outputs:
         for axis in output:
             context.ties.freeze(axis, out)
 
-    groups = _groups(context, starts)
-    return Graph(
+    found = context.ties.components()
+    groups = _groups(context, starts, found)
+    graph = Graph(
         model=model,
         variables=variables,
         inputs=inputs,
         apply_kwargs=apply_kwargs,
         program=jaxpr,
         groups=groups,
-        polynomial=_polynomial(context, operands, starts, groups),
+        polynomial=_polynomial(context, operands, starts, groups, found),
         unknown=context.unknown,
     )
+    _warn_if_frozen(graph)
+    return graph
 
 
 def outputs_of(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
@@ -290,30 +291,33 @@ def _module(path: str) -> str:
 
 
 def _groups(
-    context: rules.Context, starts: Sequence[tuple[str, int, int, int]]
+    context: rules.Context,
+    starts: Sequence[tuple[str, int, int, int]],
+    found: names.Components,
 ) -> tuple[ChannelGroup, ...]:
-    """The connected components, those of one shape together."""
-    component, windows, frozen = context.ties.components()
-    number = len(windows)
+    """The connected components that parameters are in, those of one shape together."""
+    number = len(found.windows)
+    axis_of = np.repeat(np.arange(len(starts)), [n for *_, n in starts])
+    component = found.of[: len(axis_of)]  # the parameters' names come first
 
     # Components with as many positions on each axis of each parameter are units of one group: the
     # sum of a random number per position tells the shapes apart.
-    axis_of = np.repeat(np.arange(len(starts)), [n for *_, n in starts])
     marks = np.random.default_rng(0).integers(1, 1 << 62, len(starts), dtype=np.uint64)
     shape = np.zeros(number, np.uint64)
     np.add.at(shape, component, marks[axis_of])
-    reasons = {why: i + 1 for i, why in enumerate(dict.fromkeys(frozen.values()))}
+    notes = {**found.inexact, **found.frozen}
+    reasons = {why: i + 1 for i, why in enumerate(dict.fromkeys(notes.values()))}
     reason = np.zeros(number, np.uint64)
-    for c, why in frozen.items():
+    for c, why in notes.items():
         reason[c] = reasons[why]
     producer = np.full(number, len(context.layers))
     for i in reversed(range(len(context.layers))):
         out = context.layers[i].out
         if out is not None:
-            producer[component[out]] = i
+            producer[found.of[out]] = i
 
     # A kernel's window is no channel; where it is tied to channels they have been frozen with it.
-    wanted = np.flatnonzero(~windows | (reason > 0))
+    wanted = np.flatnonzero((~found.windows | (reason > 0)) & (shape > 0))
     _, inverse = np.unique(
         np.stack([shape[wanted], reason[wanted]], axis=1), axis=0, return_inverse=True
     )
@@ -329,7 +333,7 @@ def _groups(
         rank = producer[units[0]]
         if rank < len(context.layers):  # in the order of the channels of the layer that makes them
             out = context.layers[rank].out
-            first = {int(c): i for i, c in reversed(list(enumerate(component[out])))}
+            first = {int(c): i for i, c in reversed(list(enumerate(found.of[out])))}
             where = where[np.argsort([first.get(c, 0) for c in units], kind='stable')]
         members, positions = [], []
         for axis in np.unique(axis_of[where[0]]):
@@ -338,13 +342,12 @@ def _groups(
             span = range(int(columns.min()), int(columns.max()) + 1)
             members.append(Member(path, dimension, span))
             positions.append(columns)
-        why = frozen.get(units[0])
-        unnamed.append((rank, int(where.min()), members, positions, why))
+        unnamed.append((rank, int(where.min()), members, positions, units[0]))
 
     unnamed.sort(key=lambda group: group[:2])
     used: dict[str, int] = {}
     groups = []
-    for rank, _, members, positions, why in unnamed:
+    for rank, _, members, positions, unit in unnamed:
         if rank < len(context.layers):
             name = _layer_name(context.layers[rank], starts)
         else:
@@ -352,9 +355,19 @@ def _groups(
             name = f'{_module(member.path)}:{member.path.split("/")[-1]}[{member.axis}]'
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f'{name}#{used[name]}'
-        text = (why.reason, why.primitive, why.source) if why else (None, '', '')
+        frozen, inexact = found.frozen.get(unit), found.inexact.get(unit)
+        why = frozen or inexact
         groups.append(
-            ChannelGroup(name, len(positions[0]), tuple(members), tuple(positions), *text)
+            ChannelGroup(
+                name,
+                len(positions[0]),
+                tuple(members),
+                tuple(positions),
+                frozen=frozen.reason if frozen else None,
+                primitive=why.primitive if why else '',
+                source=why.source if why else '',
+                inexact=inexact.reason if inexact and not frozen else None,
+            )
         )
     return tuple(groups)
 
@@ -374,9 +387,14 @@ def _layer_name(layer: rules.Layer, starts: Sequence[tuple[str, int, int, int]])
     """The module that owns the kernel of a layer, or the scope where there is no such kernel."""
     for axis in layer.kernel:
         for vector in names.named(axis):
-            first = bisect.bisect_right(starts, vector[0], key=lambda start: start[2])
-            return _module(starts[first - 1][0])
-    return layer.scope
+            if vector[0] < starts[-1][2] + starts[-1][3]:  # a parameter's, not of a table of some
+                first = bisect.bisect_right(starts, vector[0], key=lambda start: start[2])
+                return _module(starts[first - 1][0])
+    # The scope begins with the class of the model, or with what runs it at other widths.
+    scopes = layer.scope.split('/')
+    modules = {path.split('/')[1] for path, *_ in starts if path.count('/')}
+    inside = itertools.dropwhile(lambda scope: scope not in modules, scopes)
+    return '/'.join(inside) or next((s for s in scopes[-1:] if '->' in s), layer.primitive)
 
 
 def _polynomial(
@@ -384,16 +402,18 @@ def _polynomial(
     operands: Mapping[str, rules.Array],
     starts: Sequence[tuple[str, int, int, int]],
     groups: Sequence[ChannelGroup],
+    found: names.Components,
 ) -> costs.Polynomial:
     """The cost of every layer and parameter in terms of the groups' keeps."""
-    owner = np.full(context.ties.count, -1)
-    unit = np.zeros(context.ties.count, int)
+    owner_of = np.full(len(found.windows), -1)
+    unit_of = np.zeros(len(found.windows), int)
     first = {(path, axis): start for path, axis, start, _ in starts}
     for i, group in enumerate(groups):
-        for member, positions in zip(group.members, group.positions, strict=True):
-            where = positions + first[member.path, member.axis]
-            owner[where] = i
-            unit[where] = np.arange(group.size)[:, None]
+        member, positions = group.members[0], group.positions[0]
+        component = found.of[positions[:, 0] + first[member.path, member.axis]]
+        owner_of[component] = i
+        unit_of[component] = np.arange(group.size)
+    owner, unit = owner_of[found.of], unit_of[found.of]
 
     forms: list[costs.Form] = []
     known: dict[bytes, int] = {}
@@ -410,7 +430,7 @@ def _polynomial(
             forms.append(costs.Form(int(np.sum(owner[vector] < 0)), weights))
         return known[key]
 
-    def term(layer: str, resource: str, factor: int, axes: Sequence[names.Axis]) -> costs.Term:
+    def product(factor: int, axes: Sequence[names.Axis]) -> tuple[int, tuple[int, ...]]:
         vectors = []
         for axis in axes:
             for part in axis:
@@ -418,7 +438,10 @@ def _polynomial(
                     vectors.append(form(part.names))
                 elif part.bound != names.BATCH:
                     factor *= part.size
-        return costs.Term(layer, resource, factor, tuple(vectors))
+        return factor, tuple(vectors)
+
+    def term(layer: str, resource: str, factor: int, axes: Sequence[names.Axis]) -> costs.Term:
+        return costs.Term(layer, resource, *product(factor, axes))
 
     terms = []
     ranks: dict[str, int] = {}
@@ -433,4 +456,27 @@ def _polynomial(
             rank = _neighbour(_module(path), tuple(ranks))
             terms.append((rank, term(_module(path), 'params', 1, axes)))
     terms.sort(key=lambda ranked: ranked[0])
-    return costs.Polynomial(tuple(forms), tuple(term for _, term in terms))
+    lives = tuple(
+        costs.Live(*product(array.itemsize, array.axes), array.born, array.last)
+        for array in context.stored
+    )
+    return costs.Polynomial(tuple(forms), tuple(term for _, term in terms), lives)
+
+
+def _warn_if_frozen(graph: Graph) -> None:
+    """Says so if more than half of the parameters are in layers of which nothing can be removed."""
+    movable = {member.path for g in graph.groups if not g.frozen for member in g.members}
+    sizes = {
+        '/'.join(('params', *path)): leaf.size
+        for path, leaf in traverse_util.flatten_dict(graph.variables.get('params', {})).items()
+    }
+    whole = sum(n for path, n in sizes.items() if path not in movable)
+    if 2 * whole > sum(sizes.values()):
+        reasons = '\n'.join(
+            f'  {f.group}: {f.reason} ({f.primitive}, {f.source})' for f in graph.frozen
+        )
+        warnings.warn(
+            f'{whole:,} of the {sum(sizes.values()):,} parameters of {type(graph.model).__name__} '
+            f'are in layers from which no channel can be removed:\n{reasons}',
+            stacklevel=3,
+        )

@@ -16,7 +16,7 @@ def round_channels(channels: float, divisor: int = 8) -> int:
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, BatchNorm, and an activation where there is one.
+    """Convolution, BatchNorm, and an activation where there is one.
 
     Attributes:
       features: output channels.
@@ -25,6 +25,7 @@ class ConvBN(nn.Module):
       padding: pixels on each side, or as `nn.Conv` takes it; by default half the window.
       groups: `feature_group_count` of the convolution; the number of input channels for a
         depthwise one.
+      use_bias: whether the convolution has a bias; BatchNorm makes it superfluous.
       activation: applied last; None for none.
       bn_momentum: decay of the running BatchNorm statistics.
       bn_epsilon: added to the variance.
@@ -36,6 +37,7 @@ class ConvBN(nn.Module):
     stride: int = 1
     padding: int | str | Sequence[int] | None = None
     groups: int = 1
+    use_bias: bool = False
     activation: Activation | None = nn.relu
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -51,7 +53,7 @@ class ConvBN(nn.Module):
             strides=self.stride,
             padding=[n // 2 for n in window] if self.padding is None else self.padding,
             feature_group_count=self.groups,
-            use_bias=False,
+            use_bias=self.use_bias,
             kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
             dtype=self.dtype,
             name='conv',

@@ -1,13 +1,13 @@
 """MobileNetV2 (Sandler et al. 2018, https://arxiv.org/abs/1801.04381) in plain Flax Linen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkd.models.layers import ConvBN, round_channels
+from jaxkd.models.layers import Activation, ConvBN, round_channels
 
 # Table 2 of the paper: expansion t, output channels c, repeats n. Strides are an argument of the
 # model, because images of 8 to 32 pixels cannot be halved five times.
@@ -15,27 +15,56 @@ STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3
 
 
 class InvertedResidual(nn.Module):
-    """Expand (1×1), filter (depthwise 3×3), project (1×1), with a residual sum if asked for."""
+    """Expand (1×1), filter (depthwise 3×3), project (1×1), with a residual sum if asked for.
+
+    Attributes:
+        features: output channels.
+        expansion: channels of the filter for each channel of the input; 1 for no expansion.
+        stride: of the filter.
+        residual: whether the input is added to the output.
+        kernel_size: of the filter.
+        activation: of the expansion and of the filter.
+        squeeze_excite: makes what comes between filter and projection; None for nothing.
+        drop_path_rate: how often an example goes without the residual branch, in training.
+        bn_momentum: decay of the running BatchNorm statistics.
+        bn_epsilon: added to the variance.
+        dtype: dtype of the computation; parameters are float32.
+    """
 
     features: int
-    expansion: int
+    expansion: float
     stride: int
     residual: bool
+    kernel_size: int = 3
+    activation: Activation = nn.relu6
+    squeeze_excite: Callable[..., nn.Module] | None = None
+    drop_path_rate: float = 0.0
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         conv_bn = functools.partial(
-            ConvBN, activation=nn.relu6, bn_momentum=self.bn_momentum, dtype=self.dtype
+            ConvBN,
+            activation=self.activation,
+            bn_momentum=self.bn_momentum,
+            bn_epsilon=self.bn_epsilon,
+            dtype=self.dtype,
         )
         y = x
         if self.expansion != 1:
-            y = conv_bn(x.shape[-1] * self.expansion, name='expand')(y, train)
+            y = conv_bn(round(x.shape[-1] * self.expansion), name='expand')(y, train)
         c = y.shape[-1]
-        y = conv_bn(c, 3, self.stride, groups=c, name='depthwise')(y, train)
+        y = conv_bn(c, self.kernel_size, self.stride, groups=c, name='depthwise')(y, train)
+        if self.squeeze_excite is not None:
+            y = self.squeeze_excite(dtype=self.dtype, name='squeeze_excite')(y)
         y = conv_bn(self.features, activation=None, name='project')(y, train)
-        return x + y if self.residual else y
+        if not self.residual:
+            return y
+        per_example = (1, 2, 3)  # the axes that share one draw
+        drop_path = nn.Dropout(self.drop_path_rate, per_example, deterministic=not train)
+        return x + drop_path(y)
 
 
 class MobileNetV2(nn.Module):
@@ -88,3 +117,6 @@ class MobileNetV2(nn.Module):
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='classifier')(x)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {'mobilenet_v2': MobileNetV2}

@@ -78,6 +78,19 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
     return limits
 
 
+def pairs(blocks: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Blocks as a user wrote them, in plain types.
+
+    Raises:
+      ConfigError: for what is no sequence of pairs.
+    """
+    try:
+        return [(str(pattern), dict(settings)) for pattern, settings in blocks]
+    except (TypeError, ValueError):
+        why = "it must be a tuple of pairs, such as (('block1/', {'strength': 2.0}),)"
+        raise errors.ConfigError('blocks', blocks, why=why) from None
+
+
 def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     field = f'blocks[{pattern!r}]'
     try:

@@ -1,0 +1,335 @@
+"""`python -m jaxkd.summary`: what a network is made of, before anything is trained.
+
+Shapes are all it takes: no parameter is allocated and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Mapping, Sequence
+import importlib
+import inspect
+import operator
+import os
+import pathlib
+import re
+import sys
+from typing import Any, NoReturn
+import warnings
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import rich.console
+
+from jaxkd import errors, models, picture
+from jaxkd.graph import table as tables
+from jaxkd.graph import trace as tracing
+from jaxkd.graph.cost import Row
+from jaxkd.search import blocks as blocking
+
+OUTSIDE = '(none)'  # the block of what no pattern matches
+
+
+def describe(graph: tracing.Graph, blocks: blocking.Blocks = ()) -> str:
+    """Layers, channel groups, cost by block and totals, as text.
+
+    Args:
+      graph: the traced network.
+      blocks: `[(pattern, settings), …]`. Without them, the modules at the network's top level are
+        its blocks.
+
+    Raises:
+      ConfigError: for blocks that cannot be.
+    """
+    limits = blocking.resolve(graph, blocks)
+    if blocks:
+        of_group = {name: limit.block or OUTSIDE for name, limit in limits.items()}
+    else:
+        of_group = {name: re.split('[/:#]', name)[0] for name in limits}
+    cost, least = graph.cost(), graph.cost(blocking.least(graph, limits))
+    inputs = ', '.join(str(leaf) for leaf in _avals(graph.inputs))
+    outputs = ', '.join(str(aval) for aval in graph.program.out_avals)
+    cut = ', '.join(
+        f'{(whole - rest) / max(whole, 1):.1%} of the {word}'
+        for whole, rest, word in (
+            (cost.flops, least.flops, 'multiply-adds'),
+            (cost.params, least.params, 'parameters'),
+        )
+    )
+    totals = [
+        ('network', f'{type(graph.model).__name__}, {inputs} → {outputs}'),
+        ('multiply-adds', f'{cost.flops:,} for one example'),
+        ('parameters', f'{cost.params:,}'),
+        ('activations', f'{cost.activations:,} bytes out of convolutions and dots for one example'),
+        ('peak activations', f'{cost.peak_activations:,} bytes at one time'),
+        ('groups', f'{len(graph.groups)}, of which {len(graph.frozen)} frozen'),
+        ('can be cut', f'{cut}, with the fewest channels in each group'),
+    ]
+    return '\n\n'.join(
+        (
+            tables.table(graph, blocks=of_group),
+            tables.costs_table('block', _by_block(graph, blocks, of_group), cost),
+            tables.grid(totals, left=(0, 1)),
+        )
+    )
+
+
+def _avals(tree: Any) -> list[jax.core.ShapedArray]:
+    return [jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+def _by_block(
+    graph: tracing.Graph, blocks: blocking.Blocks, of_group: Mapping[str, str]
+) -> list[Row]:
+    """The cost of every block, in their order.
+
+    With patterns, a layer belongs to the block of the channels that it makes: whoever decides on
+    them decides on what the layer costs.
+    """
+    rows = {pattern: Row(pattern, 0, 0, 0) for pattern, _ in blocks}
+    for layer, row in zip(tables.layers(graph), graph.cost().rows, strict=True):
+        if not blocks:
+            block = row.layer.split('/')[0]
+        elif layer.makes:
+            block = of_group[next(iter(layer.makes))]
+        else:  # such as the product of queries and keys, which makes no channels
+            matching = (pattern for pattern, _ in blocks if re.search(pattern, row.layer))
+            block = next(matching, OUTSIDE)
+        before = rows.get(block, Row(block, 0, 0, 0))
+        rows[block] = Row(block, *map(operator.add, before[1:], row[1:]))
+    return list(rows.values())
+
+
+def make_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model that the command line names.
+
+    Args:
+      name: of the registry, or `module:function`; the function returns a Linen module when it is
+        called with the arguments, as a Linen class does. The current directory is looked in first.
+      arguments: of the function, or of the network of the registry.
+
+    Raises:
+      ConfigError: where there is none, with what to change.
+    """
+    if ':' in name:
+        make = _function(name)
+    elif name in models.REGISTRY:
+        make = models.REGISTRY[name]
+    else:
+        why = 'your own is named module:function'
+        raise errors.ConfigError('--model', name, allowed=models.REGISTRY, why=why)
+    try:
+        model = make(**arguments)
+    except Exception as error:
+        raise errors.ConfigError('--arguments', dict(arguments), why=_words(error)) from error
+    if not isinstance(model, nn.Module):
+        why = f'it returns a {type(model).__name__}; a Linen module is needed'
+        raise errors.ConfigError('--model', name, why=why)
+    return model
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(':')
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = operator.attrgetter(function)(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        why = f'there is no module {error.name}, neither installed nor in the current directory'
+    except AttributeError as error:
+        why = _words(error)
+    except Exception as error:  # the user's code can raise anything
+        why = f'importing {module} raises {_words(error)}'
+    else:
+        if callable(found) and not isinstance(found, nn.Module):
+            return found
+        why = 'it is neither a function nor a class; name one that makes the Linen module'
+    raise errors.ConfigError('--model', name, why=why) from None
+
+
+def abstract(text: str, dtype: str) -> jax.ShapeDtypeStruct:
+    """An input from the command line.
+
+    >>> abstract('1,16:int32', 'float32')
+    ShapeDtypeStruct(shape=(1, 16), dtype=int32)
+
+    Args:
+      text: the shape, with the batch as its first number, and the dtype if it is not `dtype`.
+      dtype: of an input that does not say its own.
+    """
+    shape, _, own = text.partition(':')
+    if not re.fullmatch(r'\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*', shape):
+        why = 'a shape is whole numbers from 1 on, such as 1,224,224,3'
+        raise errors.ConfigError('--input', text, why=why)
+    try:
+        kind = jnp.dtype(own or dtype)
+        if not any(jnp.issubdtype(kind, numbers) for numbers in (jnp.number, jnp.bool_)):
+            raise TypeError
+    except (TypeError, ValueError, SyntaxError):
+        field, value = ('--input', text) if own else ('--dtype', dtype)
+        why = 'the dtype must be one of numbers, such as float32, bfloat16 or int32'
+        raise errors.ConfigError(field, value, why=why) from None
+    return jax.ShapeDtypeStruct(tuple(map(int, shape.split(','))), kind)
+
+
+def trace(
+    model: nn.Module,
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    apply: Mapping[str, Any],
+    inexact: str = 'freeze',
+) -> tracing.Graph:
+    """The graph of a model that has no variables yet.
+
+    Args:
+      model: the Linen module.
+      inputs: shapes and dtypes.
+      apply: further arguments of the module. `train=False` is added where the module has such an
+        argument.
+      inexact: as `jaxkd.trace` takes it.
+
+    Raises:
+      GraphError: where the module cannot be called so.
+    """
+    if 'train' in inspect.signature(model.__call__).parameters:
+        apply = {'train': False, **apply}
+    called = {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}
+    try:
+        variables = jax.eval_shape(
+            lambda *inputs: model.init(jax.random.key(0), *inputs, **called), *inputs
+        )
+    except Exception as error:
+        shapes = ', '.join(map(str, _avals(inputs)))
+        raise errors.GraphError(
+            f'{type(model).__name__} cannot be called with {shapes} and {dict(called)}; '
+            f'change --input, --arguments or --apply: {_words(error)}'
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
+        return tracing.trace(model, variables, *inputs, inexact=inexact, **apply)
+
+
+def _words(error: BaseException) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+
+def _literal(flag: str, text: str, kind: type, example: str) -> Any:
+    """A value that is written as Python writes it."""
+    try:
+        value = ast.literal_eval(text)
+        if isinstance(value, kind):
+            return value
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    raise errors.ConfigError(flag, text, why=f'write a {kind.__name__}, such as "{example}"')
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage."""
+        self.exit(2, f'jaxkd: {message}; --help lists the flags\n')
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog='python -m jaxkd.summary',
+        description='Prints what a network is made of: its layers and what they cost, the channels '
+        'that must be removed together, what cannot be removed and why. Nothing is trained, and no '
+        'parameter is allocated.',
+        epilog='exit status: 0 done, 1 the network cannot be traced, 2 a wrong command line',
+    )
+    parser.add_argument(
+        '--model',
+        required=True,
+        metavar='NAME',
+        help='a network of jaxkd, such as mobilenet_v2, or module:function of your own, where '
+        'the function (a class will do) returns a Linen module; the module may lie in the current '
+        'directory',
+    )
+    parser.add_argument(
+        '--input',
+        required=True,
+        action='append',
+        metavar='SHAPE',
+        help='shape of an input, the batch first, with its dtype after a colon if it has another '
+        'than --dtype: 1,224,224,3 or 1,16:int32. Given again for each further input',
+    )
+    parser.add_argument('--dtype', default='float32', help='of the inputs (default: %(default)s)')
+    parser.add_argument(
+        '--arguments',
+        default='{}',
+        metavar='DICT',
+        help='of the network or the function: "{\'num_classes\': 10}"',
+    )
+    parser.add_argument(
+        '--apply',
+        default='{}',
+        metavar='DICT',
+        help='what the network is called with beside its inputs: "{\'deterministic\': True}"; '
+        "'train': False is added where it has that argument",
+    )
+    parser.add_argument(
+        '--blocks',
+        default='()',
+        metavar='TUPLE',
+        help='patterns over parameter paths with their settings, as a config has them: '
+        "\"(('block1/', {'strength': 2.0}),)\" (default: the modules at the top level)",
+    )
+    parser.add_argument(
+        '--inexact',
+        default='freeze',
+        choices=tracing.INEXACT,
+        help='what becomes of channels over which a mean or the like is taken, as LayerNorm does: '
+        'freeze keeps them, allow lets them be removed although the others then change '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--plot',
+        metavar='FILE',
+        help=f'draw the network, too, into a file that ends in .{", .".join(picture.FORMATS)}',
+    )
+    return parser.parse_args(arguments)
+
+
+def _run(flags: argparse.Namespace) -> None:
+    inputs = [abstract(text, flags.dtype) for text in flags.input]
+    arguments = _literal('--arguments', flags.arguments, dict, "{'num_classes': 10}")
+    apply = _literal('--apply', flags.apply, dict, "{'train': False}")
+    example = "(('block1/', {'strength': 2.0}),)"
+    blocks = blocking.pairs(_literal('--blocks', flags.blocks, tuple, example))
+    if flags.plot:
+        picture.check(pathlib.Path(flags.plot))
+    graph = trace(make_model(flags.model, arguments), inputs, apply, flags.inexact)
+    text = describe(graph, blocks)
+    if flags.plot:
+        picture.save(graph, flags.plot, title=flags.model)
+        text += f'\n\npicture in {flags.plot}'
+    _print(text)
+
+
+def _print(text: str) -> None:
+    """On a terminal, headings are bold; elsewhere the text is plain."""
+    console = rich.console.Console(highlight=False)
+    heading = True
+    for line in text.split('\n'):
+        style = 'bold' if heading else None
+        console.print(line, style=style, markup=False, emoji=False, soft_wrap=True)
+        heading = not line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m jaxkd.summary`; returns its exit status."""
+    flags = _parse(arguments)
+    try:
+        _run(flags)
+    except errors.JaxkdError as error:
+        print(f'jaxkd: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2 if isinstance(error, errors.ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

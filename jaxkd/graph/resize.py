@@ -122,8 +122,15 @@ def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Unbound:
+    """A module that Linen shall not take for a submodule of what it is a field of."""
+
+    module: nn.Module
+
+
 class CompactModule(nn.Module):
-    """A module that runs at the widths given, with the same variable tree as `model` has.
+    """A module that runs at the widths given, with the same variable tree as the model has.
 
     Attributes:
       model: the module at its full width.
@@ -131,12 +138,13 @@ class CompactModule(nn.Module):
       full_widths: the same of the full network.
     """
 
-    model: nn.Module
+    model: Unbound
     widths: Mapping[str, Shapes]
     full_widths: Mapping[str, Shapes]
 
     def setup(self):
-        nn.share_scope(self, self.model)
+        # In this module's own scope: as a submodule it would have its variables under a name.
+        object.__setattr__(self, '_bound', self.model.module.clone(parent=self.scope))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run('__call__', *args, **kwargs)
@@ -155,9 +163,9 @@ class CompactModule(nn.Module):
 
         with nn.intercept_methods(intercept):
             if isinstance(method, str):
-                return getattr(self.model, method)(*args, **kwargs)
+                return getattr(self._bound, method)(*args, **kwargs)
             # A bound method hangs on the unbound model: take its function, as Linen does.
-            return getattr(method, '__func__', method)(self.model, *args, **kwargs)
+            return getattr(method, '__func__', method)(self._bound, *args, **kwargs)
 
 
 def _new_fields(

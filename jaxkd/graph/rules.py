@@ -51,7 +51,7 @@ class Layer(NamedTuple):
       primitive: 'conv_general_dilated' or 'dot_general'.
       scope: the module's name stack, as JAX records it.
       kernel: the axes of the right operand, for finding the parameter that it came from.
-      out: the names of the output's channels, if any.
+      out: the names of each axis of the output that the kernel makes, channels first of all.
       shape: shape of the output, with the batch.
       factors: axes whose sizes' product is the multiply-adds for one example.
       itemsize: bytes of one element of the output.
@@ -61,7 +61,7 @@ class Layer(NamedTuple):
     primitive: str
     scope: str
     kernel: Array
-    out: np.ndarray | None
+    out: tuple[np.ndarray, ...]
     shape: tuple[int, ...]
     factors: tuple[Axis, ...]
     itemsize: int
@@ -535,7 +535,7 @@ def _dot_general(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
             eqn.primitive.name,
             context.scope,
             kernel,
-            next((context.ties.flat(a, why) for a in kernel_free if names.named(a)), None),
+            tuple(context.ties.flat(axis, why) for axis in kernel_free if names.named(axis)),
             aval.shape,
             (*result, *contracted),
             aval.dtype.itemsize,
@@ -586,7 +586,7 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
             eqn.primitive.name,
             context.scope,
             rhs,
-            ties.flat(out, why),
+            (ties.flat(out, why),) if names.named(out) else (),
             aval.shape,
             (lhs_batch, *positions, *rhs_space, rhs_in, out),
             aval.dtype.itemsize,

@@ -147,4 +147,4 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
 
 def module(model: nn.Module, structure: Structure) -> nn.Module:
     """The model at the structure's widths."""
-    return resize.CompactModule(model, structure.widths, structure.full_widths)
+    return resize.CompactModule(resize.Unbound(model), structure.widths, structure.full_widths)

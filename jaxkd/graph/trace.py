@@ -312,8 +312,7 @@ def _groups(
         reason[c] = reasons[why]
     producer = np.full(number, len(context.layers))
     for i in reversed(range(len(context.layers))):
-        out = context.layers[i].out
-        if out is not None:
+        for out in context.layers[i].out:
             producer[found.of[out]] = i
 
     # A kernel's window is no channel; where it is tied to channels they have been frozen with it.
@@ -332,8 +331,8 @@ def _groups(
         where = np.stack([np.sort(order[ends[c] : ends[c + 1]]) for c in units])
         rank = producer[units[0]]
         if rank < len(context.layers):  # in the order of the channels of the layer that makes them
-            out = context.layers[rank].out
-            first = {int(c): i for i, c in reversed(list(enumerate(found.of[out])))}
+            made = found.of[np.concatenate(context.layers[rank].out)]
+            first = {int(c): i for i, c in reversed(list(enumerate(made)))}
             where = where[np.argsort([first.get(c, 0) for c in units], kind='stable')]
         members, positions = [], []
         for axis in np.unique(axis_of[where[0]]):
@@ -342,16 +341,20 @@ def _groups(
             span = range(int(columns.min()), int(columns.max()) + 1)
             members.append(Member(path, dimension, span))
             positions.append(columns)
-        unnamed.append((rank, int(where.min()), members, positions, units[0]))
+        # What no layer makes and has one position leaves no choice.
+        if rank < len(context.layers) or len(units) > 1 or units[0] in found.frozen:
+            unnamed.append((rank, int(where.min()), members, positions, units[0]))
 
     unnamed.sort(key=lambda group: group[:2])
+    last = {path: axis for path, axis, *_ in starts}
     used: dict[str, int] = {}
     groups = []
     for rank, _, members, positions, unit in unnamed:
         if rank < len(context.layers):
             name = _layer_name(context.layers[rank], starts)
         else:
-            member = members[0]
+            # By a parameter whose last axis it is: the others are read, not made.
+            member = next((m for m in members if m.axis == last[m.path]), members[0])
             name = f'{_module(member.path)}:{member.path.split("/")[-1]}[{member.axis}]'
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f'{name}#{used[name]}'

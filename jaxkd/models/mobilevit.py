@@ -29,6 +29,13 @@ def fold(x: jax.Array, patch: int, height: int, width: int) -> jax.Array:
     return x.transpose(0, 3, 1, 4, 2, 5).reshape(b, height, width, c)
 
 
+def resize(x: jax.Array, height: int, width: int) -> jax.Array:
+    """[batch, h, w, c] to [batch, height, width, c], bilinearly; x itself if it has that size."""
+    if x.shape[1:3] == (height, width):
+        return x
+    return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), 'bilinear')
+
+
 class Transformer(nn.Module):
     """Attention among the tokens, then two layers on each token; both added to their input.
 
@@ -58,7 +65,7 @@ class MobileViTBlock(nn.Module):
     Attributes:
         features: channels of the tokens.
         depth: number of transformers.
-        patch: side of a patch in pixels; both sides of the image must be multiples of it.
+        patch: side of a patch in pixels.
         bn_momentum: decay of the running BatchNorm statistics.
         dtype: dtype of the computation; parameters are float32.
     """
@@ -77,11 +84,14 @@ class MobileViTBlock(nn.Module):
         _, h, w, c = x.shape
         y = conv_bn(c, 3, name='local')(x, train)
         y = nn.Conv(self.features, (1, 1), use_bias=False, dtype=self.dtype, name='embed')(y)
-        y = unfold(y, self.patch)
+        # Stretched to whole patches and back where the sides are no multiples, as the authors do.
+        height, width = (-(-n // self.patch) * self.patch for n in (h, w))
+        y = unfold(resize(y, height, width), self.patch)
         for i in range(self.depth):
             y = Transformer(dtype=self.dtype, name=f'transformer{i}')(y)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(y)
-        y = conv_bn(c, name='project')(fold(y, self.patch, h, w), train)
+        y = resize(fold(y, self.patch, height, width), h, w)
+        y = conv_bn(c, name='project')(y, train)
         return conv_bn(c, 3, name='fuse')(jnp.concatenate([x, y], axis=-1), train)
 
 

@@ -33,8 +33,9 @@ def main(arguments: list[str]) -> int:
         print('jaxkd: say what to do, such as --config=configs/mbv2.py', file=sys.stderr)
         return 2
     absl_logging.set_verbosity(absl_logging.WARNING)
-    from jaxkd import errors, pipeline, watch  # JAX is slow to import: not for --help
+    from jaxkd import cpu, errors, pipeline, watch  # JAX is slow to import: not for --help
 
+    cpu.hold_memory()
     config = _CONFIG.value
     workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
     finished = os.path.exists(os.path.join(workdir, 'report.json'))

@@ -92,7 +92,9 @@ def assert_compact_is_masked(model, variables, keep, *inputs, **kwargs):
 def xla_multiply_adds(graph):
     """What XLA counts for each convolution and dot of one example (it counts two a multiply-add).
 
-    XLA leaves out the products with padding, and we don't: so the input is padded beforehand.
+    XLA leaves out the products with padding, and we don't: so the input is padded beforehand. Of a
+    transposed convolution we count every input position under the whole window, so it gets an
+    output that is large enough for that.
     """
     counted = {}
 
@@ -104,14 +106,20 @@ def xla_multiply_adds(graph):
                 continue
             lhs, rhs = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
             params = dict(eqn.params)
-            if padding := params.get('padding'):
-                shape = list(lhs.shape)
-                for axis, pad in zip(
-                    params['dimension_numbers'].lhs_spec[2:], padding, strict=True
+            if 'padding' in params:
+                shape, padding = list(lhs.shape), list(params['padding'])
+                numbers = params['dimension_numbers']
+                for i, (axis, window) in enumerate(
+                    zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True)
                 ):
-                    shape[axis] += sum(pad)
+                    if params['lhs_dilation'][i] > 1:
+                        reach = (rhs.shape[window] - 1) * params['rhs_dilation'][i]
+                        padding[i] = (reach, reach)
+                    else:
+                        shape[axis] += sum(padding[i])
+                        padding[i] = (0, 0)
                 lhs = jax.ShapeDtypeStruct(tuple(shape), lhs.dtype)
-                params['padding'] = ((0, 0),) * len(padding)
+                params['padding'] = tuple(padding)
             key = lhs.shape, rhs.shape, str(params)
             if key not in counted:
                 one = jax.jit(functools.partial(eqn.primitive.bind, **params))

@@ -31,6 +31,8 @@ import subprocess
 import sys
 import time
 
+import machine
+
 CASES = {
     # name: (image shape, strides of the stages), with a stem of stride 1 and 10 classes
     '32x32x3': ((32, 32, 3), (1, 1, 2, 2, 1, 2, 1)),
@@ -67,7 +69,7 @@ def main() -> None:
             f' --cases {" ".join(arguments.cases)} --torch-python PYTHON'
         ),
         'date': datetime.date.today().isoformat(),
-        'device': describe_device(),
+        'device': machine.describe_device(),
         'environment': {
             name: os.environ[name]
             for name in ('XLA_FLAGS', 'GLIBC_TUNABLES', 'OMP_NUM_THREADS')
@@ -84,11 +86,7 @@ def main() -> None:
         report['cases'][case] = {'strides': CASES[case][1], 'rows': entry}
         print_table(case, arguments, entry)
     report['load_average_after'] = os.getloadavg()[0]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = arguments.out.with_suffix('.partial')
-    aside.write_text(json.dumps(report, indent=2) + '\n')
-    aside.replace(arguments.out)
-    print(f'wrote {arguments.out}')
+    machine.write_report(arguments.out, report)
 
 
 def measure_case(
@@ -336,17 +334,6 @@ def build_torch(nn, channels: int, strides: tuple[int, ...]):
     layers += conv_bn(inputs, 1280)
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, NUM_CLASSES)]
     return nn.Sequential(*layers)
-
-
-def describe_device() -> str:
-    """The processor's name and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                name = line.split(':', 1)[1].strip()
-                break
-    return f'{name}, {len(os.sched_getaffinity(0))} cores'
 
 
 if __name__ == '__main__':

@@ -222,6 +222,42 @@ def upsampled_by_index(x):
     return x[:, np.array([0, 0, 1, 1])].at[:, 1].set(2.0)
 
 
+def stacked(x):
+    """Two branches, weighted against each other."""
+    branches = jnp.stack([conv(6, k, name=f'window{k}')(x) for k in (1, 3)], axis=1)
+    weights = jnp.stack([nn.Dense(branches.shape[-1])(x.mean((1, 2))) for _ in range(2)], axis=1)
+    first, second = jnp.unstack(branches * nn.softmax(weights, 1)[:, :, None, None], axis=1)
+    return first + second
+
+
+def tiled(x):
+    """A blur whose filter is tiled, and every channel twice."""
+    x = stem(4)(x)
+    blur = jnp.tile(jnp.ones((3, 3, 1, 1)) / 9, (1, 1, 1, x.shape[-1]))
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    x = jax.lax.conv_general_dilated(
+        x, blur, (2, 2), 'SAME', dimension_numbers=numbers, feature_group_count=x.shape[-1]
+    )
+    return conv(3, name='next')(jnp.tile(x, 2) + jnp.concatenate([x, x], axis=-1))
+
+
+class LowRank(nn.Module):
+    """In one scope with the layer that it adds to."""
+
+    features: int
+    rank: int = 2
+
+    def setup(self):
+        self.child = nn.Dense(self.features)
+        nn.share_scope(self, self.child)
+
+    @nn.compact
+    def __call__(self, x):
+        a = self.param('a', nn.initializers.normal(), (x.shape[-1], self.rank))
+        b = self.param('b', nn.initializers.normal(), (self.rank, self.features))
+        return self.child(x) + x @ a @ b
+
+
 # What is built, and how many units of each group there should be.
 CUT = {
     'split': (split, {'stem': 4, 'left': 3}),
@@ -267,6 +303,13 @@ CUT = {
     'resized, linear': (functools.partial(resized, method='linear'), {'stem': 5, 'next': 3}),
     'resized, nearest': (functools.partial(resized, method='nearest'), {'stem': 5, 'next': 3}),
     'looped': (looped, {'stem': 5, 'inner': 5}),
+    'stacked': (stacked, {'window1': 6}),
+    'tiled': (tiled, {'stem': 4, 'next': 3}),
+    'shared scope': (lambda x: LowRank(6, name='stem')(x), {'stem': 6, 'stem#2': 2}),
+    'list of layers': (
+        lambda x: nn.Sequential([conv(6), nn.Sequential([nn.relu, conv(5)])])(x),
+        {'Conv_0': 6, 'Conv_1': 5},
+    ),
     'upsampled by index': (upsampled_by_index, {'stem': 5}),
 }
 

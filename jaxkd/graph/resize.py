@@ -48,7 +48,8 @@ def _einsum(module: nn.Einsum, now: Shapes, before: Shapes, x: Any) -> dict[str,
 
 
 def _embed(module: nn.Embed, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
-    return {'features': now['embedding'][-1]}
+    rows, features = now['embedding'][-2:]
+    return {'num_embeddings': rows, 'features': features}
 
 
 def _group_norm(module: nn.GroupNorm, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:

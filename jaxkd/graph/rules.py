@@ -371,6 +371,37 @@ def _concatenate(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     return [tuple(result)]
 
 
+def _stack(context: Context, eqn: Any, *operands: Array) -> list[Array]:
+    why = context.why(eqn, 'combined with something that has no channels to remove')
+    result = list(operands[0])
+    for operand in operands[1:]:
+        result = [context.ties.unify(a, b, why) for a, b in zip(result, operand, strict=True)]
+    result.insert(eqn.params['axis'], names.bound(len(operands)))
+    return [tuple(result)]
+
+
+def _unstack(context: Context, eqn: Any, x: Array) -> list[Array]:
+    dimension = eqn.params['axis']
+    context.ties.freeze(x[dimension], context.why(eqn, 'its channels are taken apart'))
+    return [(*x[:dimension], *x[dimension + 1 :])] * len(eqn.outvars)
+
+
+def _tile(context: Context, eqn: Any, x: Array) -> list[Array]:
+    """Copies of an axis side by side: all copies of a channel go with it."""
+    why = context.why(eqn, '')
+    result = []
+    for axis, copies in zip(x, eqn.params['reps'], strict=True):
+        if copies == 1:
+            result.append(axis)
+        elif names.size(axis) > 1:
+            result.append((Part(copies), *axis))
+        else:
+            vector = context.ties.flat(axis, why)
+            same = Part(copies, None if vector is None else np.repeat(vector, copies))
+            result.append((same,))
+    return [tuple(result)]
+
+
 def _rev(context: Context, eqn: Any, x: Array) -> list[Array]:
     same = [i not in eqn.params['dimensions'] for i in range(len(x))]
     return _partly(context, eqn, same, 'its channels are reversed', x)
@@ -728,25 +759,32 @@ def _multiply_adds(layer: Layer) -> int:
 
 # fmt: off
 _ELEMENTWISE = (
-    'abs', 'acos', 'acosh', 'add', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh', 'bessel_i0e',
-    'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'cos',
-    'cosh', 'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge',
-    'gt', 'integer_pow', 'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max',
-    'min', 'mul', 'ne', 'neg', 'nextafter', 'not', 'or', 'population_count', 'pow', 'real',
-    'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic',
-    'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor',
+    'abs', 'acos', 'acosh', 'add', 'add_any', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh',
+    'bessel_i0e', 'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'clz',
+    'complex', 'conj', 'convert_element_type', 'cos', 'cosh', 'digamma', 'div', 'eq', 'erf',
+    'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'igamma', 'igammac', 'imag',
+    'integer_pow', 'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min',
+    'mul', 'mulhi', 'ne', 'neg', 'nextafter', 'not', 'or', 'polygamma', 'population_count',
+    'pow', 'real', 'reduce_precision', 'regularized_incomplete_beta', 'rem', 'round', 'rsqrt',
+    'select_n', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin',
+    'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor', 'zeta',
 )
 # fmt: on
 
 # What is computed where it is read, and stored nowhere.
 _REARRANGED = {
     **dict.fromkeys(
-        ['copy', 'copy_p', 'optimization_barrier', 'sharding_constraint', 'stop_gradient'], _same
+        [
+            *('copy', 'copy_p', 'device_put', 'layout_constraint', 'name', 'optimization_barrier'),
+            *('pvary', 'reshard', 'sharding_constraint', 'stop_gradient'),
+        ],
+        _same,
     ),
     **dict.fromkeys(
         [
             *('random_bits', 'rng_bit_generator', 'rng_uniform', 'threefry2x32', 'random_seed'),
             *('random_wrap', 'random_unwrap', 'random_split', 'random_fold_in', 'random_clone'),
+            *('random_gamma', 'philox2x32', 'philox4x32'),
         ],
         _random,
     ),
@@ -757,6 +795,8 @@ _REARRANGED = {
     'rev': _rev,
     'slice': _slice,
     'split': _split,
+    'unstack': _unstack,
+    'tile': _tile,
     'pad': _pad,
     'iota': _iota,
 }
@@ -789,13 +829,15 @@ RULES: dict[str, Callable[..., list[Array]]] = {
         _along,
     ),
     **dict.fromkeys(
-        ['scatter', 'scatter-add', 'scatter-mul', 'scatter-min', 'scatter-max'], _scatter
+        ['scatter', 'scatter-add', 'scatter-sub', 'scatter-mul', 'scatter-min', 'scatter-max'],
+        _scatter,
     ),
     'top_k': _top_k,
     'gather': _gather,
     'dynamic_slice': _dynamic_slice,
     'dynamic_update_slice': _dynamic_update_slice,
     'concatenate': _concatenate,
+    'stack': _stack,
     'scan': _scan,
     'while': _while,
     'cond': _cond,

@@ -453,6 +453,21 @@ def test_mobilenet_v2_in_half_precision():
     assert anew.sizes == {name: int(alive.sum()) for name, alive in graph.complete(keep).items()}
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_rounding_that_is_amplified_is_no_difference(dtype):
+    """Sums in another order differ in their last bit, which is all that is left of them here."""
+
+    def body(x):
+        x = conv(64, name='stem', dtype=dtype)(x)
+        x = jax.lax.scan(lambda x, _: (nn.relu(x), None), jnp.sin(1e6 * x), length=2)[0]
+        noise = jax.random.normal(jax.random.key(0), x.shape[:-1])
+        return nn.Dense(2, dtype=dtype)(conv(3, name='next')(x).mean((1, 2)) + noise.mean())
+
+    model = Net(body)
+    graph = jaxkd.trace(model, variables_of(model, IMAGES), IMAGES)
+    assert jaxkd.verify(graph, half(graph)) < 1e-6
+
+
 # What cannot be cut is refused, or frozen with its reason.
 
 

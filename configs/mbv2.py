@@ -17,6 +17,7 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.budget.flops=0.25       a share of the full network, or a number of multiply-adds > 1
     --config.budget.params=0.192     with several budgets all hold; 1.0 sets no limit
     --config.blocks="(('block1/', {'strength': 2.0}), ('head', {'min_keep': 0.5}))"
+    --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
     --config.teacher.epochs=60.0
 """
@@ -73,6 +74,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             'final_fraction': 0.2,
             'ramp': 0.8,  # share of the search in which the cost falls to the budget
             'coupling': 'max',
+            'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )
     config.distil = stage | soft | {'epochs': 35.0, 'learning_rate': 0.03}

@@ -46,7 +46,6 @@ class Plan(NamedTuple):
       model: the full network.
       info: of the data set.
       graph: of the model, on one image.
-      blocks: as `blocks.resolve` takes them.
       limits: what the blocks mean for each channel group.
       budget: absolute, by resource.
     """
@@ -54,7 +53,6 @@ class Plan(NamedTuple):
     model: nn.Module
     info: data.Info
     graph: tracing.Graph
-    blocks: blocking.Blocks
     limits: Mapping[str, blocking.Limits]
     budget: Mapping[str, float]
 
@@ -111,7 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         )
         teacher = learn_teacher(setup, plan)
         student, scores = search_structure(setup, plan, teacher)
-        keep = selecting.select(plan.graph, scores, **config.budget, blocks=plan.blocks)
+        keep = select(config, plan.graph, scores)
         small = distil(setup, plan, teacher, cut.compact(plan.graph, student, keep))
         saved.save(workdir / 'compact', small)
         return report(setup, plan, teacher, small)
@@ -137,15 +135,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         ) from error
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
-    blocks = blocking.pairs(config.blocks)
-    limits = blocking.resolve(graph, blocks)
+    limits = blocking.resolve(graph, blocking.pairs(config.blocks))
     budget = blocking.budgets(graph, **config.budget)
-    gated = gates.find(graph)
-    smallest = {
-        name: alive if name in gated else np.ones_like(alive)
-        for name, alive in blocking.least(graph, limits).items()
-    }
-    blocking.check_reachable(graph, limits, budget, smallest)
+    # A budget that no choice of gates can meet is refused now.
+    select(config, graph, {name: np.ones(graph.sizes[name]) for name in gates.find(graph)})
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -153,7 +146,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
                 config[name].batch_size,
                 why=f'it must be a multiple of the number of devices, {jax.device_count()}',
             )
-    return Plan(model, info, graph, blocks, limits, budget)
+    return Plan(model, info, graph, limits, budget)
 
 
 def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
@@ -228,6 +221,19 @@ def search_structure(
         steer=steer,
     )
     return train.variables(state), jax.device_get(effort(state.params))
+
+
+def select(
+    config: ml_collections.ConfigDict, graph: tracing.Graph, scores: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Which units to keep: the best for their price, within the budgets."""
+    return selecting.select(
+        graph,
+        scores,
+        **config.budget,
+        blocks=blocking.pairs(config.blocks),
+        round_to=config.search.round_to,
+    )
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:

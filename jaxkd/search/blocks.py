@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jaxkd.graph.cost import RESOURCES
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
-SETTINGS = ('strength', 'min_keep', 'max_keep', 'freeze')
+SETTINGS = ('strength', 'min_keep', 'max_keep', 'budget', 'freeze')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
       blocks: `[(pattern, settings), …]`. A pattern is a regular expression that is searched in the
         group's name and in the paths of the parameters that make its channels; the first that
         matches decides. Settings: `strength` (factor of the penalty, ≥ 0), `min_keep` and
-        `max_keep` (an int counts units, a float is a share), `freeze` (keep all).
+        `max_keep` (an int counts units, a float is a share), `budget` (see `budgets_of_blocks`),
+        `freeze` (keep all).
 
     Raises:
       ConfigError: for a pattern that matches no group or an unknown or impossible setting.
@@ -103,6 +104,12 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if name == 'freeze':
             if not isinstance(value, bool):
                 raise errors.ConfigError(f'{field}.freeze', value, allowed=[True, False])
+        elif name == 'budget':
+            if not isinstance(value, Mapping):
+                why = "it must be a dict of resources, such as {'flops': 0.5}"
+                raise errors.ConfigError(f'{field}.budget', value, why=why)
+            for resource, asked in value.items():
+                _check_budget(f'{field}.budget', resource, asked)
         elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
         elif isinstance(value, float) and value > 1 and name != 'strength':
@@ -142,20 +149,64 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
     full = graph.cost()
     result = {}
     for resource, budget in asked.items():
-        if resource not in RESOURCES:
-            raise errors.ConfigError('budget', resource, allowed=RESOURCES)
-        if budget is None:
-            continue
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-            raise errors.ConfigError(
-                f'budget.{resource}',
-                budget,
-                why='it must be a share of the full network in (0, 1], or a number above 1',
-            )
-        absolute = budget * getattr(full, resource) if budget <= 1 else float(budget)
-        if absolute < getattr(full, resource):
-            result[resource] = absolute
+        _check_budget('budget', resource, budget)
+        if budget is not None:
+            absolute = _absolute(budget, getattr(full, resource))
+            if absolute < getattr(full, resource):
+                result[resource] = absolute
     return result
+
+
+class BlockBudget(NamedTuple):
+    """What the layers of a block may cost together: `budget`, an absolute number."""
+
+    block: str
+    resource: str
+    layers: frozenset[str]
+    budget: float
+
+
+def budgets_of_blocks(graph: Graph, blocks: Blocks) -> list[BlockBudget]:
+    """The blocks' own budgets, those that set no limit left out.
+
+    A layer belongs to the first block whose pattern is found in its name; a budget is a share of
+    what the block's layers cost in the full network, or an absolute number above 1.
+
+    Raises:
+      ConfigError: for a budget that cannot be, or a block that has one but no layers.
+    """
+    rows = graph.cost().rows
+    result = []
+    taken: set[str] = set()
+    for pattern, settings in blocks:
+        layers = frozenset(r.layer for r in rows if re.search(pattern, r.layer)) - taken
+        taken |= layers
+        for resource, asked in settings.get('budget', {}).items():
+            if not layers:
+                why = f'no layer belongs to it; the layers are {", ".join(r.layer for r in rows)}'
+                raise errors.ConfigError(f'blocks[{pattern!r}].budget', settings['budget'], why=why)
+            full = sum(getattr(row, resource) for row in rows if row.layer in layers)
+            absolute = _absolute(asked, full)
+            if absolute < full:
+                result.append(BlockBudget(pattern, resource, layers, absolute))
+    return result
+
+
+def _check_budget(field: str, resource: str, asked: Any) -> None:
+    if resource not in RESOURCES:
+        raise errors.ConfigError(field, resource, allowed=RESOURCES)
+    if asked is None:
+        return
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+        raise errors.ConfigError(
+            f'{field}.{resource}',
+            asked,
+            why='it must be a share of the full network in (0, 1], or a number above 1',
+        )
+
+
+def _absolute(asked: float, full: float) -> float:
+    return asked * full if asked <= 1 else float(asked)
 
 
 def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
@@ -178,4 +229,20 @@ def check_reachable(
                 f'{resource} of {asked:,.0f} ({asked / getattr(full, resource):.3f} of the full '
                 f'network) cannot be reached: with every limit used up {reachable:,} '
                 f'({reachable / getattr(full, resource):.3f}) remain; in the way: {way}'
+            )
+
+
+def check_blocks(graph: Graph, within: Sequence[BlockBudget], keep: Keep) -> None:
+    """Raises BudgetError if even `keep`, the smallest allowed, costs a block more than its own."""
+    full, rows = graph.cost().rows, graph.cost(keep).rows
+    for own in within:
+        before, after = (
+            sum(getattr(row, own.resource) for row in table if row.layer in own.layers)
+            for table in (full, rows)
+        )
+        if after > own.budget:
+            raise errors.BudgetError(
+                f'{own.resource} of {own.budget:,.0f} ({own.budget / before:.3f} of what it costs '
+                f'in full) cannot be reached for the block {own.block!r}: with every limit used up '
+                f'{after:,} ({after / before:.3f}) remain; lower its min_keep or raise its budget'
             )

@@ -24,6 +24,7 @@ def prune(
     activations: float | None = None,
     criterion: str = 'l1',
     blocks: blocking.Blocks = (),
+    round_to: int = 1,
     **apply_kwargs: Any,
 ) -> CompactModel:
     """Traces a trained network, scores its channels, selects the best and cuts away the rest.
@@ -34,7 +35,7 @@ def prune(
       *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s; leading axis = batch.
       flops, params, activations: budgets; see `jaxkd.select`.
       criterion: a name from `jaxkd.search.criteria.CRITERIA`.
-      blocks: see `jaxkd.search.blocks.resolve`.
+      blocks, round_to: see `jaxkd.select`.
       **apply_kwargs: further arguments of `model.apply`.
 
     Returns:
@@ -53,5 +54,5 @@ def prune(
         raise errors.ConfigError('budget', None, why='give flops=, params= or activations=')
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
     scores = criteria.CRITERIA[criterion](graph, variables)
-    keep = selecting.select(graph, scores, **asked, blocks=blocks)
+    keep = selecting.select(graph, scores, **asked, blocks=blocks, round_to=round_to)
     return cut.compact(graph, variables, keep)

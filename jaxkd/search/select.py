@@ -1,16 +1,52 @@
-"""From scores to a keep that meets the budget."""
+"""From scores to a keep that meets the budget.
+
+Units of one group cost the same, so the best ones of each group are kept and the question is how
+many. That is a knapsack whose cost is a polynomial of the counts. Going down from the full network,
+the units with the least score per price go first, prices taken anew as the network shrinks; small
+networks are then improved by exchanges between the groups, from several starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import math
+from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
+from jaxkd import errors
 from jaxkd.graph.trace import Graph
 from jaxkd.search import blocks as blocking
 
 # Share of the surplus that is removed at today's prices before prices are taken anew.
 STRIDE = 0.1
+# Who asks for a budget wants it used up: below the first share, worth counts only the second.
+FULL, DISCOUNT = 0.99, 0.985
+# So many solutions are simply all tried; exchanges, with at most so many groups, in so many sweeps.
+TRIED, EXCHANGED, SWEEPS = 20_000, 64, 4
+
+
+class Problem(NamedTuple):
+    """Which counts are allowed, what they are worth, and what they use of every budget.
+
+    A level is an index into the counts that a group may have, from the fewest to the most.
+
+    Attributes:
+      counts: int [levels] of each group, ascending.
+      worth: float [levels] of each group: the sum of the scores of so many best units.
+      constant, weights: axes' positions alive are `constant + weights @ counts`: float [axes],
+        sparse [axes, groups].
+      factors: int [terms, arity], the axes that a term multiplies; `axes` stands for a factor 1.
+      shares: float [budgets, terms], what a term uses of each budget, times its factors.
+    """
+
+    counts: list[np.ndarray]
+    worth: list[np.ndarray]
+    constant: np.ndarray
+    weights: sparse.csr_array
+    factors: np.ndarray
+    shares: np.ndarray
 
 
 def select(
@@ -21,95 +57,258 @@ def select(
     params: float | None = None,
     activations: float | None = None,
     blocks: blocking.Blocks = (),
+    round_to: int = 1,
 ) -> dict[str, np.ndarray]:
     """Keeps the units with the best score for their price, within all budgets at once.
-
-    Removes the units with the least score per price, prices taken anew as the network shrinks,
-    until the budget holds; then takes back what still fits, best first.
 
     Args:
       graph: the traced network.
       scores: float [size] by group name, ≥ 0. Groups without scores are kept whole.
       flops, params, activations: budgets: shares of the full network in (0, 1], or absolute
         numbers above 1; None or 1 sets no limit.
-      blocks: see `jaxkd.search.blocks.resolve`.
+      blocks: see `jaxkd.search.blocks.resolve`; a block's own budget holds for its layers.
+      round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
+        and GPUs.
 
     Returns:
-      The keep: at most the budget, and within the cost of one unit below it.
+      The keep: at most the budget, and near it: within the cost of a few units.
 
     Raises:
-      BudgetError: where the limits of groups and blocks leave more than the budget.
+      BudgetError: where the limits of groups and blocks, or the rounding, leave more than the
+        budget.
+      ConfigError: for scores, budgets or a rounding that cannot be.
     """
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
     limits = blocking.resolve(graph, blocks)
     budget = blocking.budgets(graph, flops=flops, params=params, activations=activations)
-    names = [group.name for group in graph.groups]
-    offsets = dict(zip(names, np.cumsum([0, *(g.size for g in graph.groups)]), strict=False))
+    within = blocking.budgets_of_blocks(graph, blocks)
+    best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
 
-    # Units in the order of their groups, in one vector.
-    score = np.concatenate(
-        [np.asarray(scores.get(g.name, np.full(g.size, np.inf)), float) for g in graph.groups]
-    )
-    alive = np.ones(len(score), bool)
-    movable = np.zeros(len(score), bool)
-    essential = np.zeros(len(score), bool)
+    def keep(counts: Sequence[int]) -> dict[str, np.ndarray]:
+        result = graph.keep_all()
+        for (name, alive), number in zip(result.items(), counts, strict=True):
+            alive[best[name][number:]] = False
+        return result
+
+    problem = _problem(graph, scores, best, limits, budget, within, round_to)
+    least = [counts[0] for counts in problem.counts]
+    blocking.check_reachable(graph, limits, budget, keep(least))
+    blocking.check_blocks(graph, within, keep(least))
+    levels = solve(problem)
+    return keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
+
+
+def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The units of a group, best first; equal ones in their order."""
+    score = np.asarray(scores.get(name, np.zeros(size)), float)
+    if score.shape != (size,) or not np.isfinite(score).all() or (score < 0).any():
+        why = f'it must be {size} finite numbers ≥ 0, one for each unit of the group'
+        raise errors.ConfigError(f'scores[{name!r}]', score, why=why)
+    return np.argsort(-score, kind='stable')
+
+
+def _problem(
+    graph: Graph,
+    scores: Mapping[str, np.ndarray],
+    best: Mapping[str, np.ndarray],
+    limits: Mapping[str, blocking.Limits],
+    budget: Mapping[str, float],
+    within: Sequence[blocking.BlockBudget],
+    round_to: int,
+) -> Problem:
+    counts, worth = [], []
     for group in graph.groups:
-        start, limit = offsets[group.name], limits[group.name]
+        limit = limits[group.name]
         if group.frozen or group.name not in scores:
-            essential[start : start + group.size] = True
-            continue
-        best = start + np.argsort(-score[start : start + group.size], kind='stable')
-        essential[best[: limit.least]] = True
-        movable[best[limit.least : limit.most]] = True
-        alive[best[limit.most :]] = False
+            allowed = np.array([group.size])
+        else:
+            step = round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
+            numbers = np.arange(limit.least, limit.most + 1)
+            allowed = numbers[(numbers % step == 0) | (numbers == group.size)]
+            if not len(allowed):  # limits between two multiples
+                allowed = numbers[-1:]
+        score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)
+        counts.append(allowed)
+        worth.append(np.cumsum([0.0, *score[best[group.name]]])[allowed])
 
-    def keep(alive: np.ndarray) -> dict[str, np.ndarray]:
-        return {g.name: alive[offsets[g.name] :][: g.size] for g in graph.groups}
+    index = {group.name: i for i, group in enumerate(graph.groups)}
+    polynomial = graph.polynomial
+    entries = [
+        (row, index[name], weight.mean())
+        for row, form in enumerate(polynomial.forms)
+        for name, weight in form.weights.items()
+    ]
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    axes = len(polynomial.forms)
+    weights = sparse.csr_array((values, (rows, columns)), shape=(axes, len(counts)), dtype=float)
+    budgets = [(resource, None, asked) for resource, asked in budget.items()]
+    budgets += [(own.resource, own.layers, own.budget) for own in within]
+    terms = [term for term in polynomial.terms if any(term.resource == r for r, _, _ in budgets)]
+    factors = np.full((len(terms), max((len(t.forms) for t in terms), default=0)), axes)
+    for row, term in enumerate(terms):
+        factors[row, : len(term.forms)] = term.forms
+    shares = np.array(
+        [
+            [
+                term.coefficient / asked
+                if term.resource == resource and (layers is None or term.layer in layers)
+                else 0.0
+                for term in terms
+            ]
+            for resource, layers, asked in budgets
+        ]
+    ).reshape(len(budgets), len(terms))
+    constant = np.array([float(form.constant) for form in polynomial.forms])
+    return Problem(counts, worth, constant, weights, factors, shares)
 
-    def prices(alive: np.ndarray) -> dict[str, np.ndarray]:
-        by_resource = {resource: graph.price(keep(alive), resource) for resource in budget}
-        return {r: np.concatenate([p[name] for name in names]) for r, p in by_resource.items()}
 
-    def shares(alive: np.ndarray) -> dict[str, float]:
-        cost = graph.cost(keep(alive))
-        return {resource: getattr(cost, resource) / b for resource, b in budget.items()}
+def solve(problem: Problem) -> np.ndarray:
+    """The level of each group with the most worth within all budgets: int [groups]."""
+    if not len(problem.shares):
+        return np.array([len(counts) - 1 for counts in problem.counts])
+    solver = _Solver(problem)
+    if math.prod(map(len, problem.counts)) <= TRIED:
+        return solver.best_of_all()
+    return solver.exchange(max(map(solver.settle, solver.starts()), key=solver.merit))
 
-    def worth(alive: np.ndarray) -> np.ndarray:
-        """Score per price, the budgets weighted by how far they are exceeded at present."""
-        share = shares(alive)
-        weight = {r: max(s - 1, 0.0) for r, s in share.items()}
-        if not any(weight.values()):
-            weight = share
-        price = sum(weight[r] / budget[r] * p for r, p in prices(alive).items())
-        return score / np.maximum(price, 1e-30)
 
-    def excess(alive: np.ndarray) -> float:
-        return max(shares(alive).values(), default=0.0) - 1
+class _Solver:
+    """A problem with its levels in one vector, group after group, and the moves on it."""
 
-    blocking.check_reachable(graph, limits, budget, keep(essential))
-    while (over := excess(alive)) > 0:
-        candidates = np.flatnonzero(alive & movable)
-        candidates = candidates[np.argsort(worth(alive)[candidates], kind='stable')]
-        # As many as bring the cost a stride nearer to the budget; at the end, one by one.
-        low, high = 1, len(candidates)
-        while low < high:
-            middle = (low + high) // 2
-            trial = alive.copy()
-            trial[candidates[:middle]] = False
-            low, high = (
-                (low, middle) if excess(trial) <= over * (1 - STRIDE) else (middle + 1, high)
-            )
-        alive[candidates[:low]] = False
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.top = np.array([len(counts) - 1 for counts in problem.counts])
+        self.counts = np.concatenate(problem.counts).astype(float)
+        self.worth = np.concatenate(problem.worth)
+        self.first = np.cumsum([0, *(self.top + 1)])[:-1]  # of each group's levels
+        # The step from the level below to each level: what it brings, and how many units.
+        self.group = np.repeat(np.arange(len(self.top)), self.top + 1)
+        self.level = np.arange(len(self.group)) - self.first[self.group]
+        self.gain = np.diff(self.worth, prepend=0.0)
+        self.units = np.diff(self.counts, prepend=0.0)
+        # Worth per unit, for the way down: within a group no step goes before those above it.
+        self.value = np.empty(len(self.group))
+        for first, top in zip(self.first, self.top, strict=True):
+            inside = slice(first + 1, first + top + 1)
+            per_unit = self.gain[inside] / self.units[inside]
+            self.value[inside] = np.maximum.accumulate(per_unit[::-1])[::-1]
 
-    while budget:
-        # A unit's price never exceeds what it adds, so a unit whose price does not fit cannot.
-        room = {resource: 1 - share for resource, share in shares(alive).items()}
-        fits = ~alive & movable
-        for resource, price in prices(alive).items():
-            fits &= price <= room[resource] * budget[resource]
-        if not fits.any():
-            break
-        best = np.flatnonzero(fits)[np.argmax(worth(alive)[fits])]
-        alive[best] = True
-        if excess(alive) > 0:
-            alive[best] = movable[best] = False
-    return graph.complete(keep(alive))
+    def usage(self, levels: np.ndarray) -> np.ndarray:
+        """What the network uses of every budget: float [budgets], 1 where it is used up."""
+        return self.problem.shares @ self._alive(levels)[self.problem.factors].prod(1)
+
+    def prices(self, levels: np.ndarray) -> np.ndarray:
+        """∂usage/∂counts: float [budgets, groups]."""
+        factors = self.problem.factors
+        values = self._alive(levels)[factors]
+        axes = len(self.problem.constant)
+        slopes = np.zeros((len(self.problem.shares), axes + 1))
+        for place in range(factors.shape[1]):
+            others = np.delete(values, place, axis=1).prod(1)
+            for row, share in zip(slopes, self.problem.shares, strict=True):
+                row += np.bincount(factors[:, place], share * others, minlength=axes + 1)
+        return slopes[:, :-1] @ self.problem.weights
+
+    def _alive(self, levels: np.ndarray) -> np.ndarray:
+        """The positions alive on every axis, and a 1 for the factors that are none."""
+        counts = self.counts[self.first + levels]
+        return np.append(self.problem.constant + self.problem.weights @ counts, 1.0)
+
+    def merit(self, levels: np.ndarray) -> float:
+        """The worth, discounted where no budget is used up."""
+        worth = float(self.worth[self.first + levels].sum())
+        return worth if self.usage(levels).max() >= FULL else DISCOUNT * worth
+
+    def best_of_all(self) -> np.ndarray:
+        """The solution with the most merit."""
+        levels = np.indices(self.top + 1).reshape(len(self.top), -1).T
+        counts = self.counts[self.first + levels]
+        alive = np.pad(counts @ self.problem.weights.T, ((0, 0), (0, 1)))
+        alive += np.append(self.problem.constant, 1.0)
+        usage = (alive[:, self.problem.factors].prod(2) @ self.problem.shares.T).max(1)
+        worth = self.worth[self.first + levels].sum(1)
+        merit = np.where(usage >= FULL, worth, DISCOUNT * worth)
+        return levels[np.argmax(np.where(usage <= 1, merit, -1.0))]
+
+    def starts(self) -> Iterator[np.ndarray]:
+        """The full network; and of a small one, with each group at its middle or its least."""
+        yield self.top
+        if len(self.top) <= EXCHANGED:
+            for group in np.flatnonzero(self.top):
+                for level in (self.top[group] // 2, 0):
+                    start = self.top.copy()
+                    start[group] = level
+                    yield start
+
+    def settle(self, levels: np.ndarray, hold: int | None = None) -> np.ndarray:
+        """Down to the budgets, then up again as far as they allow; `hold` is not lowered."""
+        return self._up(self._down(levels, hold))
+
+    def _down(self, levels: np.ndarray, hold: int | None) -> np.ndarray:
+        levels = levels.copy()
+        movable = self.level > 0
+        if hold is not None:
+            movable &= self.group != hold
+        while (over := np.maximum(self.usage(levels) - 1, 0)).any():
+            steps = np.flatnonzero(movable & (self.level <= levels[self.group]))
+            if not len(steps):  # the group that is held takes it all
+                return np.zeros_like(levels)
+            price = (over @ self.prices(levels))[self.group[steps]]
+            ratio = self.value[steps] / np.maximum(price, 1e-300)
+            saving, goal = price * self.units[steps], STRIDE * float(over @ over)
+            order = _smallest(ratio, max(1000, len(ratio) // 8))
+            saved = np.cumsum(saving[order])
+            if saved[-1] < goal:
+                order = np.argsort(ratio)
+                saved = np.cumsum(saving[order])
+            number = 1 + np.searchsorted(saved, goal)
+            levels -= np.bincount(self.group[steps[order[:number]]], minlength=len(levels))
+        return levels
+
+    def _up(self, levels: np.ndarray, stay: int | None = None) -> np.ndarray:
+        levels = levels.copy()
+        open_ = levels < self.top
+        if stay is not None:
+            open_[stay] = False
+        while True:
+            usage = self.usage(levels)
+            groups = np.flatnonzero(open_ & (levels < self.top))
+            steps = self.first[groups] + levels[groups] + 1
+            # A price never exceeds what a unit adds, so a step whose price does not fit cannot.
+            price = self.prices(levels)[:, groups] * self.units[steps]
+            fits = (price <= (1 - usage)[:, None]).all(0)
+            if not fits.any():
+                return levels
+            ratio = np.where(fits, self.gain[steps] / np.maximum(usage @ price, 1e-300), -1.0)
+            chosen = groups[np.argmax(ratio)]
+            levels[chosen] += 1
+            if self.usage(levels).max() > 1:
+                levels[chosen] -= 1
+                open_[chosen] = False
+
+    def exchange(self, levels: np.ndarray) -> np.ndarray:
+        """Moves one group up or down and lets the others settle, as long as that is better."""
+        if len(self.top) > EXCHANGED:
+            return levels
+        for _ in range(SWEEPS):
+            before = levels
+            for group, step in [(g, s) for g in np.flatnonzero(self.top) for s in (1, -1)]:
+                moved = levels.copy()
+                moved[group] += step
+                if not 0 <= moved[group] <= self.top[group]:
+                    continue
+                moved = self.settle(moved, hold=group) if step > 0 else self._up(moved, stay=group)
+                if self.usage(moved).max() <= 1:
+                    levels = max(levels, moved, key=self.merit)
+            if levels is before:
+                break
+        return levels
+
+
+def _smallest(values: np.ndarray, number: int) -> np.ndarray:
+    """The indices of the `number` smallest values, ascending."""
+    if number < len(values):
+        chosen = np.argpartition(values, number)[:number]
+        return chosen[np.argsort(values[chosen])]
+    return np.argsort(values)

@@ -52,6 +52,8 @@ class ChannelGroup:
       size: number of units.
       members: the parameter axes concerned.
       positions: for each member, int [size, k]: the positions of each unit.
+      made: for each member, whether the channels are what a layer makes with this parameter: a
+        kernel's output axis.
       frozen: why no unit may be removed, or None.
       primitive, source: the operation that froze the group, or made it inexact, and its line in the
         model's code.
@@ -62,6 +64,7 @@ class ChannelGroup:
     size: int
     members: tuple[Member, ...]
     positions: tuple[np.ndarray, ...]
+    made: tuple[bool, ...]
     frozen: str | None = None
     primitive: str = ''
     source: str = ''
@@ -326,6 +329,7 @@ def _groups(
     for c, group in zip(wanted, inverse.reshape(-1), strict=True):
         by_group.setdefault(int(group), []).append(int(c))
 
+    outputs = _outputs(context, starts)
     unnamed = []
     for units in by_group.values():
         where = np.stack([np.sort(order[ends[c] : ends[c + 1]]) for c in units])
@@ -334,22 +338,23 @@ def _groups(
             made = found.of[np.concatenate(context.layers[rank].out)]
             first = {int(c): i for i, c in reversed(list(enumerate(made)))}
             where = where[np.argsort([first.get(c, 0) for c in units], kind='stable')]
-        members, positions = [], []
+        members, positions, made = [], [], []
         for axis in np.unique(axis_of[where[0]]):
             path, dimension, start, _ = starts[axis]
             columns = where[:, axis_of[where[0]] == axis] - start
             span = range(int(columns.min()), int(columns.max()) + 1)
             members.append(Member(path, dimension, span))
             positions.append(columns)
+            made.append(bool(outputs[columns + start].any()))
         # What no layer makes and has one position leaves no choice.
         if rank < len(context.layers) or len(units) > 1 or units[0] in found.frozen:
-            unnamed.append((rank, int(where.min()), members, positions, units[0]))
+            unnamed.append((rank, int(where.min()), members, positions, made, units[0]))
 
     unnamed.sort(key=lambda group: group[:2])
     last = {path: axis for path, axis, *_ in starts}
     used: dict[str, int] = {}
     groups = []
-    for rank, _, members, positions, unit in unnamed:
+    for rank, _, members, positions, made, unit in unnamed:
         if rank < len(context.layers):
             name = _layer_name(context.layers[rank], starts)
         else:
@@ -366,6 +371,7 @@ def _groups(
                 len(positions[0]),
                 tuple(members),
                 tuple(positions),
+                tuple(made),
                 frozen=frozen.reason if frozen else None,
                 primitive=why.primitive if why else '',
                 source=why.source if why else '',
@@ -373,6 +379,21 @@ def _groups(
             )
         )
     return tuple(groups)
+
+
+def _outputs(context: rules.Context, starts: Sequence[tuple[str, int, int, int]]) -> np.ndarray:
+    """Which of the parameters' names are those of channels that a kernel makes: bool [names]."""
+    outputs = np.zeros(starts[-1][2] + starts[-1][3] if starts else 0, bool)
+    for layer in context.layers:
+        for out in layer.out:
+            outputs[out[out < len(outputs)]] = True  # the others are of tables of some
+    # What no layer was seen to use as its kernel, such as an embedding, makes its last axis.
+    for path, axes in itertools.groupby(starts, key=lambda start: start[0]):
+        spans = [slice(first, first + n) for _, _, first, n in axes]
+        made = any(outputs[span].any() for span in spans)
+        if path.startswith('params/') and len(spans) > 1 and not made:
+            outputs[spans[-1]] = True
+    return outputs
 
 
 @functools.lru_cache(maxsize=4096)

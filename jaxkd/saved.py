@@ -7,11 +7,13 @@ import os
 from typing import Any
 
 from flax import linen as nn
+import jax
 import numpy as np
 
 from jaxkd import checkpoint, errors, models
 from jaxkd.graph import structure
 from jaxkd.graph.structure import CompactModel, Structure
+from jaxkd.graph.trace import plain
 
 _KIND = 'jaxkd compact model'
 
@@ -22,8 +24,8 @@ def save(path: str | os.PathLike, small: CompactModel) -> None:
     The directory is an orbax checkpoint of the variables, with the structure and a SHA-256 per
     leaf in its JSON item.
     """
-    tree = checkpoint.to_tree(small.variables)
-    checkpoint.write(path, tree, {'kind': _KIND, 'structure': small.structure.to_json()})
+    metadata = {'kind': _KIND, 'structure': small.structure.to_json()}
+    checkpoint.write(path, plain(small.variables), metadata)
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactModel:
@@ -47,14 +49,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactMode
     found = Structure.from_json(metadata['structure'])
     if model is None:
         model = _registered(path, found)
-    variables: dict[str, Any] = {}
-    for name, leaf in tree.items():
-        *parents, last = name.split('/')
-        node = variables
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = np.asarray(leaf)
-    return CompactModel(structure.module(model, found), variables, found)
+    return CompactModel(structure.module(model, found), jax.tree.map(np.asarray, tree), found)
 
 
 def _registered(path: str | os.PathLike, found: Structure) -> nn.Module:

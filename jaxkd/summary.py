@@ -50,7 +50,7 @@ def describe(graph: tracing.Graph, blocks: blocking.Blocks = ()) -> str:
         of_group = {name: re.split('[/:#]', name)[0] for name in limits}
     cost, least = graph.cost(), graph.cost(blocking.least(graph, limits))
     inputs = ', '.join(str(leaf) for leaf in _avals(graph.inputs))
-    outputs = ', '.join(str(aval) for aval in graph.program.out_avals)
+    outputs = ', '.join(str(aval) for aval in graph.program.out_avals[: graph.outputs])
     cut = ', '.join(
         f'{(whole - rest) / max(whole, 1):.1%} of the {word}'
         for whole, rest, word in (

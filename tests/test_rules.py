@@ -1,11 +1,21 @@
 """What each primitive and each kind of layer does to channels: cut, and compared with the mask."""
 
 import functools
+import warnings
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from nets import IMAGES, Net, assert_compact_is_masked, conv, half, images_for, variables_of
+from nets import (
+    IMAGES,
+    Net,
+    assert_compact_is_masked,
+    assert_same,
+    conv,
+    half,
+    images_for,
+    variables_of,
+)
 import numpy as np
 import pytest
 
@@ -258,6 +268,41 @@ class LowRank(nn.Module):
         return self.child(x) + x @ a @ b
 
 
+class Own(nn.Module):
+    """A layer with an array among its fields, and a width that is no Python int."""
+
+    features: np.int64
+    seed: np.ndarray
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param('w', nn.initializers.normal(), (3, 3, x.shape[-1], self.features))
+        numbers = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+class NeverBound(nn.Module):
+    def __init__(self):
+        pass
+
+    def __call__(self, x):
+        return x
+
+
+def own(x):
+    return NeverBound()(Own(np.int64(6), np.array([0, 1]), name='stem')(x))
+
+
+def beside_constants(x):
+    """Dead code, and a layer as wide as another's input that keeps its own width."""
+    x = stem(6)(x)
+    kernel = nn.Conv(6, (1, 1), name='other', use_bias=False)
+    y = kernel(x)
+    kernel.variables['params']['kernel'][..., 0].sum()
+    label = nn.Dense(x.shape[-1], name='label')(jnp.ones((len(x), 1, 1, 5)))
+    return jnp.concatenate([y, jnp.broadcast_to(label, (*y.shape[:-1], label.shape[-1]))], -1)
+
+
 # What is built, and how many units of each group there should be.
 CUT = {
     'split': (split, {'stem': 4, 'left': 3}),
@@ -309,6 +354,12 @@ CUT = {
     'list of layers': (
         lambda x: nn.Sequential([conv(6), nn.Sequential([nn.relu, conv(5)])])(x),
         {'Conv_0': 6, 'Conv_1': 5},
+    ),
+    'own': (own, {'stem': 6}),
+    'beside constants': (beside_constants, {'stem': 6, 'other': 6, 'label': 6}),
+    'norm of weights': (
+        lambda x: nn.relu(nn.WeightNorm(conv(6, use_bias=True), name='stem')(x)),
+        {'Conv_0': 6},
     ),
     'upsampled by index': (upsampled_by_index, {'stem': 5}),
 }
@@ -430,6 +481,76 @@ def test_most_of_it_frozen_is_warned_about():
     with pytest.warns(UserWarning, match='no channel can be removed:\n.*stem: one value') as caught:
         jaxkd.trace(model, variables_of(model, IMAGES), IMAGES)
     assert __file__ in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    'body, frozen, reason',
+    [
+        (
+            lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, 12 - x.shape[-1]),)) + conv(12)(x),
+            'stem',
+            'layer "/" fixes a size in its own code',
+        ),
+        (
+            lambda x: x.reshape(*x.shape[:3], 2, 4).sum(-2),
+            'stem',
+            'layer "/" fixes a size in its own code',
+        ),
+        (
+            lambda x: nn.dot_product_attention(
+                *(nn.DenseGeneral((2, 6), name=name)(x.reshape(2, -1, 8)) for name in 'qkv')
+            ),
+            'q#2',
+            'the model computes with its width',
+        ),
+    ],
+)
+def test_what_the_code_cannot_do_is_frozen(body, frozen, reason):
+    """The rest is cut, and verified."""
+
+    def net(x):
+        x = body(stem(8)(x))
+        return nn.DenseGeneral(3, axis=tuple(range(1, x.ndim)), name='head')(x)
+
+    model = Net(net)
+    variables = variables_of(model, IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that there is little left
+        graph = jaxkd.trace(model, variables, IMAGES)
+    assert reason in graph.by_name[frozen].frozen
+    assert __file__ in graph.by_name[frozen].source
+    assert_compact_is_masked(model, variables, half(graph), IMAGES)
+
+
+def test_what_is_compact_is_cut_further():
+    model = Net(lambda x: nn.Dense(3)(grouped_and_shuffled(x).mean((1, 2))))
+    variables = variables_of(model, IMAGES)
+    graph = jaxkd.trace(model, variables, IMAGES)
+    name = next(g.name for g in graph.groups if g.size > 3 and not g.frozen)
+    once = jaxkd.compact(graph, variables, {name: np.arange(graph.sizes[name]) > 0})
+    graph = jaxkd.trace(once.module, once.variables, IMAGES)
+    twice = jaxkd.compact(graph, once.variables, {name: np.arange(graph.sizes[name]) > 0})
+    again = jaxkd.trace(model, variables, IMAGES)
+    both = jaxkd.compact(again, variables, {name: np.arange(again.sizes[name]) > 1})
+    x = images_for()
+    assert_same(both.apply(both.variables, x), twice.apply(twice.variables, x))
+    assert twice.structure.full_widths == both.structure.full_widths
+    assert twice.structure.model == both.structure.model
+
+
+def test_windows_are_no_channels_where_inexact_is_allowed():
+    class Standardized(nn.Conv):
+        def param(self, name, *args, **kwargs):
+            value = super().param(name, *args, **kwargs)
+            return value - value.mean((0, 1, 2)) if name == 'kernel' else value
+
+    def body(x):
+        x = nn.relu(Standardized(6, (3, 3), name='stem')(x))
+        return nn.Dense(3)(Standardized(5, (3, 3), name='next')(x).mean((1, 2)))
+
+    model = Net(body)
+    graph = jaxkd.trace(model, variables_of(model, IMAGES), IMAGES, inexact='allow')
+    assert {g.name for g in graph.groups if not g.frozen} == {'stem', 'next'}
 
 
 def test_refusals_name_layer_and_line():

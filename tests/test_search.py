@@ -235,11 +235,11 @@ def _random_problem(rng, groups, size, budgets, share=None):
     """A chain of layers, and one from the first group to the last: Σ coefficient · n_i · n_j."""
     counts = [np.arange(1, size + 1) for _ in range(groups)]
     scores = [rng.uniform(0, rng.uniform(0.2, 3), size) for _ in counts]
-    worth = [np.cumsum(np.sort(s)[::-1]) for s in scores]
+    gains = [np.sort(s)[::-1] for s in scores]
     weights = sparse.csr_array(np.diag(rng.integers(1, 4, groups)).astype(float))
     factors = np.array([*((i, i + 1) for i in range(groups - 1)), (0, groups), (0, groups - 1)])
     shares = rng.uniform(0.5, 5, (budgets, len(factors)))
-    problem = selecting.Problem(counts, worth, np.zeros(groups), weights, factors, shares)
+    problem = selecting.Problem(counts, gains, np.zeros(groups), weights, factors, shares)
     solver = selecting._Solver(problem)
     low, high = solver.usage(np.zeros(groups, int)), solver.usage(solver.top)
     shares /= (low + (share or rng.uniform(0.15, 0.8, budgets)) * (high - low))[:, None]

@@ -111,40 +111,47 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
         full width; with them removed, the compact network only has to run.
     """
     keep = graph.complete(keep)
-    whole = graph.keep_all()
-    inexact = {g.name: whole[g.name] for g in graph.groups if g.inexact}
+    inexact = {g.name: np.ones(g.size, bool) for g in graph.groups if g.inexact}
     if not all(keep[name].all() for name in inexact):
         variables, inputs = _random(graph, seed)
         _run_compact(graph, keep, variables, inputs)
         keep |= inexact
-    difference = _difference(graph, keep, seed)
-    if difference <= TOLERANCE:
-        return difference
-    # Half precision rounds by more, and a deep network may amplify what float32 rounds: once more.
-    difference = _difference(graph, keep, seed, precise=True)
+    difference = _measure(graph, keep, seed)
     if difference <= TOLERANCE:
         return difference
 
     def differs(names: Sequence[str]) -> bool:
-        part = {**whole, **{name: keep[name] for name in names}}
-        return not _difference(graph, part, seed, precise=True) <= TOLERANCE
+        return not agrees(graph, {name: keep[name] for name in names}, seed)
 
-    at_fault = _at_fault([name for name, alive in keep.items() if not alive.all()], differs)
+    found = at_fault([name for name, alive in keep.items() if not alive.all()], differs)
     raise errors.GraphError(
         f'the compact {type(graph.model).__name__} differs from the masked one by {difference:.1e} '
-        f'of its largest output, so it was refused; at fault: {", ".join(at_fault)}. '
+        f'of its largest output, so it was refused; at fault: {", ".join(found)}. '
         'Freeze these groups, or see whether the model decides by a width (such as '
         'x.shape == y.shape) what it computes, or draws random numbers (trace it with train=False)'
     )
 
 
-def _at_fault(names: Sequence[str], differs: Callable[[Sequence[str]], bool]) -> list[str]:
+def agrees(graph: Graph, keep: Keep, seed: int = 0) -> bool:
+    """Whether the masked and the compact network compute the same, but for rounding."""
+    return _measure(graph, keep, seed) <= TOLERANCE
+
+
+def at_fault(names: Sequence[str], differs: Callable[[Sequence[str]], bool]) -> list[str]:
     """Those of `names`, which differ together, that differ by themselves; found by halving."""
     if len(names) == 1:
         return list(names)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
-    found = [name for half in halves if differs(half) for name in _at_fault(half, differs)]
+    found = [name for half in halves if differs(half) for name in at_fault(half, differs)]
     return found or list(names)
+
+
+def _measure(graph: Graph, keep: Keep, seed: int) -> float:
+    difference = _difference(graph, keep, seed)
+    if difference <= TOLERANCE:
+        return difference
+    # Half precision rounds by more, and a deep network may amplify what float32 rounds: once more.
+    return _difference(graph, keep, seed, precise=True)
 
 
 def rehearse(graph: Graph, *, seed: int = 0) -> None:
@@ -163,10 +170,13 @@ def rehearse(graph: Graph, *, seed: int = 0) -> None:
 
 
 def _random(graph: Graph, seed: int) -> tuple[Any, Any]:
-    """Variables and inputs of the full network."""
+    """Variables and inputs of the full network; two examples say as much as a large batch."""
     random = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: _random_leaf(random, leaf), graph.variables)
-    return variables, jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
+    outputs = graph.program.out_avals[: graph.outputs]
+    leading = {leaf.shape[:1] for leaf in (*jax.tree.leaves(graph.inputs), *outputs)}
+    few = 2 if len(leading) == 1 else None  # what is not batched throughout stays as it is
+    return variables, jax.tree.map(lambda leaf: _random_input(random, leaf, few), graph.inputs)
 
 
 def _run_compact(
@@ -178,7 +188,7 @@ def _run_compact(
     try:
         return _run(small, cut(graph, variables, keep), inputs, precise)
     except Exception as error:
-        layer, line = _where(error)
+        layer, line = where(error)
         raise errors.GraphError(
             f'{type(graph.model).__name__} cannot run at the compact widths, because layer {layer} '
             f'fixes a size in its own code, at {line}: {error}. Let it take the size from its '
@@ -186,7 +196,7 @@ def _run_compact(
         ) from error
 
 
-def _where(error: Exception) -> tuple[str, str]:
+def where(error: Exception) -> tuple[str, str]:
     """The innermost Linen module and line of its code that an error passed through."""
     layer, line = 'of unknown name', 'an unknown line'
     traceback = error.__traceback__
@@ -228,7 +238,7 @@ def _full(graph: Graph, inputs: Any) -> Callable[[Any, Any], Any]:
     if jax.tree.map(np.shape, inputs) != jax.tree.map(np.shape, graph.inputs):
         return outputs_of(graph.model, graph.apply_kwargs)
     program = jax.extend.core.jaxpr_as_fun(graph.program)
-    return lambda variables, inputs: program(*jax.tree.leaves((variables, inputs)))
+    return lambda *args: program(*jax.tree.leaves(args))[: graph.outputs]
 
 
 def _run(
@@ -263,11 +273,17 @@ def _random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.
     return (random.standard_normal(leaf.shape) * np.sqrt(2 / inputs)).astype(leaf.dtype)
 
 
-def _random_input(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _random_input(
+    random: np.random.Generator, leaf: jax.ShapeDtypeStruct, most: int | None
+) -> np.ndarray:
+    shape = leaf.shape
+    if most and shape:
+        shape = (min(shape[0], most), *shape[1:])
+    if jnp.issubdtype(leaf.dtype, jnp.integer):  # pixels; indices of what has two rows at least
+        pixels = leaf.dtype == np.uint8
+        return random.integers(256 if pixels else 2, size=shape).astype(leaf.dtype)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return np.zeros(leaf.shape, leaf.dtype)
-    # Two examples say as much as a large batch.
-    shape = (min(leaf.shape[0], 2), *leaf.shape[1:]) if leaf.shape else ()
+        return np.zeros(shape, leaf.dtype)
     return random.standard_normal(shape).astype(leaf.dtype)
 
 

@@ -114,7 +114,7 @@ class Ties:
         self._tables: dict[tuple[tuple[int, int], ...], tuple[Axis, np.ndarray]] = {}
         self._windows: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, Frozen]] = []
-        self._inexact: list[tuple[np.ndarray, Frozen]] = []
+        self._reduced: list[tuple[np.ndarray, Frozen]] = []
 
     def fresh(self, number: int) -> np.ndarray:
         """`number` new names."""
@@ -136,16 +136,14 @@ class Ties:
 
     def reduce(self, axis: Axis, why: Frozen) -> None:
         """One value is made of the positions of `axis`: without some of them it is another one."""
-        (self._inexact if self.allow_inexact else self._frozen).extend(
-            (names, why) for names in named(axis)
-        )
+        self._reduced.extend((names, why) for names in named(axis))
 
     def split(self, names: np.ndarray, sizes: tuple[int, int], why: Frozen) -> tuple[Part, Part]:
         """Looks at an axis as at a table of `sizes`: its rows and its columns get names."""
         rows, columns = (self.fresh(n) for n in sizes)
         self._products.append(Product(names.reshape(sizes), (rows, columns), why))
         parts = Part(sizes[0], rows), Part(sizes[1], columns)
-        self._tables[_key(parts)] = parts, names
+        self._tables[key(parts)] = parts, names
         return parts
 
     def flat(self, axis: Axis, why: Frozen) -> np.ndarray | None:
@@ -161,14 +159,14 @@ class Ties:
             index = next(i for i, part in enumerate(axis) if part.names is not None)
             before, after = size(axis[:index]), size(axis[index + 1 :])
             return np.tile(np.repeat(axis[index].names, after), before)
-        if _key(axis) not in self._tables:
+        if key(axis) not in self._tables:
             table = self.fresh(size(axis))
             shape = [part.size for part in axis]
             self._products.append(
                 Product(table.reshape(shape), tuple(part.names for part in axis), why)
             )
-            self._tables[_key(axis)] = axis, table
-        return self._tables[_key(axis)][1]
+            self._tables[key(axis)] = axis, table
+        return self._tables[key(axis)][1]
 
     def components(self) -> Components:
         """The connected components, after every product has been settled.
@@ -200,14 +198,18 @@ class Ties:
         windows = np.zeros(number, bool)
         for names in self._windows:
             windows[component[names]] = True
-        reasons: tuple[dict[int, Frozen], dict[int, Frozen]] = {}, {}
-        for found, entries in zip(reasons, (self._frozen, self._inexact), strict=True):
-            for names, why in entries:
-                for c in np.unique(component[names]):
-                    found.setdefault(int(c), why)
+        frozen: dict[int, Frozen] = {}
+        inexact: dict[int, Frozen] = {}
+        for names, why in self._frozen:
+            for c in np.unique(component[names]):
+                frozen.setdefault(int(c), why)
+        for names, why in self._reduced:
+            for c in np.unique(component[names]):
+                if not windows[c]:  # which stay anyway, with nothing to be said
+                    (inexact if self.allow_inexact else frozen).setdefault(int(c), why)
         stays = windows.copy()
-        stays[list(reasons[0])] = True
-        return Components(component, windows, stays, *reasons)
+        stays[list(frozen)] = True
+        return Components(component, windows, stays, frozen, inexact)
 
     def _movable(self, product: Product, found: Components) -> list[np.ndarray]:
         """The dimensions of a table of which some position can be removed."""
@@ -259,7 +261,8 @@ class Ties:
         if not named(a):  # neither has names: the one that says more wins
             bounds = [part.bound for axis in (a, b) for part in axis if part.bound]
             if len(a) == len(b) == 1:
-                return (Part(size(a), None, BATCH if BATCH in bounds else (bounds or [None])[0]),)
+                known = next((b for b in (BATCH, INPUT) if b in bounds), (bounds or [None])[0])
+                return (Part(size(a), None, known),)
             return max(a, b, key=lambda axis: sum(part.bound is not None for part in axis))
         if not named(b):
             bounds = [part.bound for part in b if part.bound]
@@ -272,5 +275,6 @@ class Ties:
         return a if len(a) >= len(b) else b
 
 
-def _key(axis: Axis) -> tuple[tuple[int, int], ...]:
-    return tuple((part.size, id(part.names)) for part in axis)
+def key(axis: Axis) -> tuple[tuple[int, int], ...]:
+    """What two axes of the same names have in common."""
+    return tuple((part.size, id(part.names)) for part in axis if part.size != 1)

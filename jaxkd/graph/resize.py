@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from flax import linen as nn
+import numpy as np
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -112,15 +113,24 @@ def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str
         sizes = clear | sizes
 
     def changed(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(map(changed, value)) if type(value) in (tuple, list) else value
-        return sizes.get(value, value) if type(value) is int else value
+        if type(value) in (tuple, list):
+            return type(value)(map(changed, value))
+        return sizes.get(int(value), value) if _is_size(value) else value
 
-    return {
-        field.name: changed(getattr(module, field.name))
+    values = {
+        field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
         if field.init and field.name not in ('parent', 'name')
     }
+    return {
+        name: changed(value)
+        for name, value in values.items()
+        if _is_size(value) or type(value) in (tuple, list)
+    }
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +166,8 @@ class CompactModule(nn.Module):
 
         def intercept(call, args, kwargs, context):
             module = context.module
+            if module.scope is None:  # one that Linen never bound, so it has no variables
+                return call(*args, **kwargs)
             x = None
             if context.method_name == '__call__':
                 x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
@@ -178,8 +190,9 @@ def _new_fields(
         _below(table, '/'.join(path), ('query', 'out') if rule is _attention else ())
         for table in (compact.widths, compact.full_widths)
     )
-    # A convolution whose kernel is as before may have lost groups; it is asked when it is called.
-    if not now or (x is None if rule is _conv else now == before):
+    # A layer whose parameters are as before may have been made for its input's new width, and a
+    # convolution may have lost groups, which its input says.
+    if not now or (rule is _by_size and now == before) or (rule is _conv and x is None):
         return {}
     fields = rule(module, now, before, x)
     fields = {name: value for name, value in fields.items() if getattr(module, name) != value}

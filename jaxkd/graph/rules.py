@@ -77,6 +77,9 @@ class Context:
         self.stored: list[Stored] = []
         self._step = 0
         self.unknown: dict[str, str] = {}  # primitives that are not understood, with a note
+        # Whether a size may come from elsewhere than an array's shape, so that it need not fit any
+        # more when there are fewer channels.
+        self.fixes_sizes = False
         self._calls: list[Any] = []  # the equations that are being entered, outermost first
 
     def walk(self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Array]) -> list[Array]:
@@ -91,7 +94,7 @@ class Context:
 
         environment.update(zip(jaxpr.constvars, map(constant, consts), strict=True))
         environment.update(zip(jaxpr.invars, operands, strict=True))
-        for eqn in jaxpr.eqns:
+        for eqn in live(jaxpr):
             rule = RULES.get(eqn.primitive.name, _unknown)
             inputs = list(map(read, eqn.invars))
             self._calls.append(eqn)
@@ -126,7 +129,7 @@ class Context:
 
     def why(self, eqn: Any, reason: str) -> Frozen:
         # What stands inside a jitted function of JAX has no line of the model; its caller has.
-        sources = map(_source, (eqn, *reversed(self._calls)))
+        sources = map(source, (eqn, *reversed(self._calls)))
         return Frozen(reason, eqn.primitive.name, next(filter(None, sources), 'unknown line'))
 
     @property
@@ -135,11 +138,22 @@ class Context:
         return '/'.join(scope for scope in scopes if scope)
 
 
+def live(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs of `jaxpr` depend on, in their order."""
+    wanted = {id(atom) for atom in jaxpr.outvars}
+    result = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(id(var) in wanted for var in eqn.outvars):
+            wanted.update(map(id, eqn.invars))
+            result.append(eqn)
+    return result[::-1]
+
+
 def constant(value: Any) -> Array:
     """The axes of a value that the network's code fixes."""
     shape = np.shape(value)
     # Empty, or too large to look at: bound is always right.
-    if not 0 < math.prod(shape) <= 1_000_000 or not shape:
+    if not 0 < math.prod(shape) <= 100_000_000 or not shape:
         return Array(names.bound(n) for n in shape)
     value = np.asarray(value)
     uniform = [bool(np.all(value == value.take([0], axis))) for axis in range(value.ndim)]
@@ -160,7 +174,7 @@ def is_of_the_model(file: str) -> bool:
     return not file.startswith(_LIBRARIES)
 
 
-def _source(eqn: Any) -> str | None:
+def source(eqn: Any) -> str | None:
     """The line of the model's code that `eqn` comes from: "file:line (function)"."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
@@ -280,6 +294,10 @@ def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Arra
                 parts.insert(0, inner)
             missing = 1
         result.append(tuple(axis) if axis else names.free(1))
+    before, after = (
+        [names.key(axis) for axis in axes if names.named(axis)] for axes in (x, result)
+    )
+    context.fixes_sizes |= before != after
     return [tuple(result)]
 
 
@@ -419,6 +437,7 @@ def _piece(context: Context, axis: Axis, where: slice, why: Frozen) -> Axis:
         return axis
     if not names.named(axis):
         return names.bound(taken, next((p.bound for p in axis if p.bound), names.POSITION))
+    context.fixes_sizes = True
     vector = context.ties.flat(axis, why)
     if where.step == 1 and taken > 1 and n % taken == 0 and where.start % taken == 0:
         pieces = vector.reshape(-1, taken)
@@ -466,6 +485,7 @@ def _pad(context: Context, eqn: Any, x: Array, value: Array) -> list[Array]:
         elif vector is None or interior or min(low, high) < 0 or (low != high and low and high):
             result.append(_stop(context, axis, n, why))
         else:
+            context.fixes_sizes = True
             company = context.ties.fresh(max(low, high))
             around = company if low else company[:0], company if high else company[:0]
             result.append((Part(n, np.concatenate([around[0], vector, around[1]])),))
@@ -558,7 +578,9 @@ def _dot_general(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
     rhs_free = [a for i, a in enumerate(rhs) if i not in (*rhs_contract, *rhs_batch)]
     result = (*batch, *lhs_free, *rhs_free)
     aval = eqn.outvars[0].aval
-    # The operand without the batch is the kernel; a product of two activations has none.
+    # The operand without the batch is the kernel; a product of two activations has none, and is
+    # often divided by the root of a width.
+    context.fixes_sizes |= _batched(lhs) and _batched(rhs)
     sides = [(rhs, rhs_free), (lhs, lhs_free)]
     kernel, kernel_free = next((side for side in sides if not _batched(side[0])), ((), ()))
     context.layers.append(

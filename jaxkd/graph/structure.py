@@ -126,15 +126,19 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
     """The structure that `keep` gives the traced network, whose variables then have `shapes`."""
     keep = graph.complete(keep)
     full, compact = graph.cost(), graph.cost(keep)
+    model, full_widths = graph.model, widths(graph.variables)
+    if isinstance(model, resize.CompactModule):  # a compact network cut further
+        full_widths = {layer: dict(shapes) for layer, shapes in model.full_widths.items()}
+        model = model.model.module
     resources = (*costs.RESOURCES, 'peak_activations')
     return Structure(
-        model=describe(graph.model),
+        model=describe(model),
         groups={
             name: {'size': len(alive), 'kept': np.flatnonzero(alive).tolist()}
             for name, alive in keep.items()
         },
         widths=widths(shapes),
-        full_widths=widths(graph.variables),
+        full_widths=full_widths,
         inputs=tuple(
             {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
             for leaf in jax.tree.leaves(graph.inputs)
@@ -146,5 +150,7 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
 
 
 def module(model: nn.Module, structure: Structure) -> nn.Module:
-    """The model at the structure's widths."""
+    """The model, or the model of a compact one, at the structure's widths."""
+    if isinstance(model, resize.CompactModule):
+        model = model.model.module
     return resize.CompactModule(resize.Unbound(model), structure.widths, structure.full_widths)

@@ -52,6 +52,8 @@ class ChannelGroup:
       size: number of units.
       members: the parameter axes concerned.
       positions: for each member, int [size, k]: the positions of each unit.
+      made: for each member, whether the channels are what a layer makes with this parameter: a
+        kernel's output axis.
       frozen: why no unit may be removed, or None.
       primitive, source: the operation that froze the group, or made it inexact, and its line in the
         model's code.
@@ -62,6 +64,7 @@ class ChannelGroup:
     size: int
     members: tuple[Member, ...]
     positions: tuple[np.ndarray, ...]
+    made: tuple[bool, ...]
     frozen: str | None = None
     primitive: str = ''
     source: str = ''
@@ -83,7 +86,9 @@ class Graph:
       model: the Linen module.
       variables: its variables as `jax.ShapeDtypeStruct`s, nested dicts.
       inputs, apply_kwargs: what it was traced with; arrays as `jax.ShapeDtypeStruct`s.
-      program: the jaxpr of `model.apply`, from the leaves of variables and inputs to the outputs'.
+      program: the jaxpr of `model.apply`, from the leaves of variables and inputs to those of the
+        outputs and of the variables that it changed.
+      outputs: how many of its results are outputs.
       groups: all channel groups, in the order of the computation.
       unknown: primitives that were not understood, each with what that means and a line of the
         model's code.
@@ -94,6 +99,7 @@ class Graph:
     inputs: tuple[Any, ...]
     apply_kwargs: Mapping[str, Any]
     program: jax.extend.core.ClosedJaxpr
+    outputs: int
     groups: tuple[ChannelGroup, ...]
     polynomial: costs.Polynomial
     unknown: Mapping[str, str]
@@ -138,7 +144,9 @@ class Graph:
                     f'not {alive.dtype} {list(alive.shape)}'
                 )
             if group.frozen and not alive.all():
-                raise errors.GraphError(f'group {name!r} cannot be cut: {group.frozen}')
+                raise errors.GraphError(
+                    f'group {name!r} cannot be cut: {group.frozen} ({group.source})'
+                )
             if not alive.any():
                 raise errors.GraphError(f'group {name!r} must keep at least one unit')
             result[name] = alive
@@ -188,7 +196,8 @@ def trace(
     variables = jax.tree.map(_abstract, plain(variables))
     inputs = jax.tree.map(_abstract, tuple(inputs))
     try:
-        jaxpr = jax.make_jaxpr(outputs_of(model, apply_kwargs))(variables, inputs)
+        make = jax.make_jaxpr(applied(model, apply_kwargs), return_shape=True)
+        jaxpr, (shapes, _) = make(variables, inputs)
     except Exception as error:
         shapes = ', '.join(str(leaf) for leaf in jax.tree.leaves(inputs))
         raise errors.GraphError(
@@ -213,7 +222,7 @@ def trace(
             axes[0] = names.bound(leaf.shape[0], names.BATCH)
         by_leaf.append(context.store(axes, leaf.dtype.itemsize))
 
-    read = {id(atom) for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars}
+    read = {id(atom) for eqn in rules.live(jaxpr.jaxpr) for atom in eqn.invars}
     read.update(map(id, jaxpr.jaxpr.outvars))
     idle = names.Frozen('not used when traced', 'input', 'the variables')
     for var, axes in zip(jaxpr.jaxpr.invars, by_leaf, strict=True):
@@ -221,7 +230,9 @@ def trace(
             for axis in axes:
                 context.ties.freeze(axis, idle)
 
-    outputs = context.walk(jaxpr.jaxpr, jaxpr.consts, by_leaf)
+    # Changed variables, which follow, are no outputs that anybody consumes.
+    number = len(jax.tree.leaves(shapes))
+    outputs = context.walk(jaxpr.jaxpr, jaxpr.consts, by_leaf)[:number]
     context.use(outputs)
     out = names.Frozen('network output', 'output', 'the value that the model returns')
     for output in outputs:
@@ -236,16 +247,27 @@ def trace(
         inputs=inputs,
         apply_kwargs=apply_kwargs,
         program=jaxpr,
+        outputs=number,
         groups=groups,
         polynomial=_polynomial(context, operands, starts, groups, found),
         unknown=context.unknown,
     )
+    if context.fixes_sizes:
+        from jaxkd.graph import settle  # it cuts graphs, which are made here
+
+        graph = settle.settle(graph)
     _warn_if_frozen(graph)
     return graph
 
 
 def outputs_of(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
     """`model.apply` as a function of (variables, inputs), without the changed variables."""
+    both = applied(model, apply_kwargs)
+    return lambda variables, inputs: both(variables, inputs)[0]
+
+
+def applied(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
+    """`model.apply` as a function from (variables, inputs) to (outputs, changed variables)."""
 
     def as_written(call, args, kwargs, context):
         if getattr(context.module, 'conv_general_dilated', None) is cpu.conv_general_dilated:
@@ -256,8 +278,7 @@ def outputs_of(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[A
     def apply(variables, inputs):
         with nn.intercept_methods(as_written):
             out = model.apply(variables, *inputs, **apply_kwargs)
-        # New variables are no outputs that anybody consumes.
-        return out[0] if apply_kwargs.get('mutable', False) else out
+        return out if apply_kwargs.get('mutable', False) else (out, {})
 
     return apply
 
@@ -326,6 +347,7 @@ def _groups(
     for c, group in zip(wanted, inverse.reshape(-1), strict=True):
         by_group.setdefault(int(group), []).append(int(c))
 
+    outputs = _outputs(context, starts)
     unnamed = []
     for units in by_group.values():
         where = np.stack([np.sort(order[ends[c] : ends[c + 1]]) for c in units])
@@ -334,22 +356,23 @@ def _groups(
             made = found.of[np.concatenate(context.layers[rank].out)]
             first = {int(c): i for i, c in reversed(list(enumerate(made)))}
             where = where[np.argsort([first.get(c, 0) for c in units], kind='stable')]
-        members, positions = [], []
+        members, positions, made = [], [], []
         for axis in np.unique(axis_of[where[0]]):
             path, dimension, start, _ = starts[axis]
             columns = where[:, axis_of[where[0]] == axis] - start
             span = range(int(columns.min()), int(columns.max()) + 1)
             members.append(Member(path, dimension, span))
             positions.append(columns)
+            made.append(bool(outputs[columns + start].any()))
         # What no layer makes and has one position leaves no choice.
         if rank < len(context.layers) or len(units) > 1 or units[0] in found.frozen:
-            unnamed.append((rank, int(where.min()), members, positions, units[0]))
+            unnamed.append((rank, int(where.min()), members, positions, made, units[0]))
 
     unnamed.sort(key=lambda group: group[:2])
     last = {path: axis for path, axis, *_ in starts}
     used: dict[str, int] = {}
     groups = []
-    for rank, _, members, positions, unit in unnamed:
+    for rank, _, members, positions, made, unit in unnamed:
         if rank < len(context.layers):
             name = _layer_name(context.layers[rank], starts)
         else:
@@ -366,6 +389,7 @@ def _groups(
                 len(positions[0]),
                 tuple(members),
                 tuple(positions),
+                tuple(made),
                 frozen=frozen.reason if frozen else None,
                 primitive=why.primitive if why else '',
                 source=why.source if why else '',
@@ -373,6 +397,21 @@ def _groups(
             )
         )
     return tuple(groups)
+
+
+def _outputs(context: rules.Context, starts: Sequence[tuple[str, int, int, int]]) -> np.ndarray:
+    """Which of the parameters' names are those of channels that a kernel makes: bool [names]."""
+    outputs = np.zeros(starts[-1][2] + starts[-1][3] if starts else 0, bool)
+    for layer in context.layers:
+        for out in layer.out:
+            outputs[out[out < len(outputs)]] = True  # the others are of tables of some
+    # What no layer was seen to use as its kernel, such as an embedding, makes its last axis.
+    for path, axes in itertools.groupby(starts, key=lambda start: start[0]):
+        spans = [slice(first, first + n) for _, _, first, n in axes]
+        made = any(outputs[span].any() for span in spans)
+        if path.startswith('params/') and len(spans) > 1 and not made:
+            outputs[spans[-1]] = True
+    return outputs
 
 
 @functools.lru_cache(maxsize=4096)

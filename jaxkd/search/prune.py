@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flax import linen as nn
@@ -25,6 +26,9 @@ def prune(
     criterion: str = 'l1',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    loss: Callable[[Any, Any], Any] | None = None,
+    batches: Iterable[Any] = (),
+    seed: int = 0,
     **apply_kwargs: Any,
 ) -> CompactModel:
     """Traces a trained network, scores its channels, selects the best and cuts away the rest.
@@ -34,8 +38,15 @@ def prune(
       variables: its trained variables.
       *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s; leading axis = batch.
       flops, params, activations: budgets; see `jaxkd.select`.
-      criterion: a name from `jaxkd.search.criteria.CRITERIA`.
+      criterion: how much a channel matters, a name from `jaxkd.search.criteria.CRITERIA`, where
+        each says what it computes. 'random', 'uniform', 'l1', 'l2', 'bn_scale', 'fpgm' and 'lamp'
+        look at the variables alone; 'taylor', 'group_taylor', 'activation' and 'sensitivity' need
+        `loss` and `batches`.
       blocks, round_to: see `jaxkd.select`.
+      loss: `loss(variables, batch)`, the mean loss of a batch as a scalar that JAX can
+        differentiate, with the model in its evaluation mode.
+      batches: some batches of data, whatever `loss` takes.
+      seed: for the criterion 'random'.
       **apply_kwargs: further arguments of `model.apply`.
 
     Returns:
@@ -43,7 +54,7 @@ def prune(
       `jaxkd.distill` and the original as the teacher.
 
     Raises:
-      ConfigError: for an unknown criterion, or without any budget.
+      ConfigError: for an unknown criterion or one that lacks its data, or without any budget.
       BudgetError: if the budget cannot be reached.
       GraphError: if the model cannot be traced or cut.
     """
@@ -53,6 +64,7 @@ def prune(
     if all(budget is None for budget in asked.values()):
         raise errors.ConfigError('budget', None, why='give flops=, params= or activations=')
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
-    scores = criteria.CRITERIA[criterion](graph, variables)
+    evidence = criteria.Evidence(loss, tuple(batches), seed)
+    scores = criteria.CRITERIA[criterion](graph, variables, evidence)
     keep = selecting.select(graph, scores, **asked, blocks=blocks, round_to=round_to)
     return cut.compact(graph, variables, keep)

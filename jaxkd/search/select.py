@@ -23,6 +23,8 @@ from jaxkd.search import blocks as blocking
 STRIDE = 0.1
 # Who asks for a budget wants it used up: below the first share, worth counts only the second.
 FULL, DISCOUNT = 0.99, 0.985
+# Sums of floats are exact to about this share.
+RESOLUTION = 1e-13
 # So many solutions are simply all tried; exchanges, with at most so many groups, in so many sweeps.
 TRIED, EXCHANGED, SWEEPS = 20_000, 64, 4
 
@@ -34,7 +36,8 @@ class Problem(NamedTuple):
 
     Attributes:
       counts: int [levels] of each group, ascending.
-      worth: float [levels] of each group: the sum of the scores of so many best units.
+      gains: float [levels] of each group: the sum of the scores of the units that a level has more
+        than the level below it.
       constant, weights: axes' positions alive are `constant + weights @ counts`: float [axes],
         sparse [axes, groups].
       factors: int [terms, arity], the axes that a term multiplies; `axes` stands for a factor 1.
@@ -42,7 +45,7 @@ class Problem(NamedTuple):
     """
 
     counts: list[np.ndarray]
-    worth: list[np.ndarray]
+    gains: list[np.ndarray]
     constant: np.ndarray
     weights: sparse.csr_array
     factors: np.ndarray
@@ -117,7 +120,7 @@ def _problem(
     within: Sequence[blocking.BlockBudget],
     round_to: int,
 ) -> Problem:
-    counts, worth = [], []
+    counts, gains = [], []
     for group in graph.groups:
         limit = limits[group.name]
         if group.frozen or group.name not in scores:
@@ -130,7 +133,8 @@ def _problem(
                 allowed = numbers[-1:]
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)
         counts.append(allowed)
-        worth.append(np.cumsum([0.0, *score[best[group.name]]])[allowed])
+        score = score[best[group.name]][: allowed[-1]]
+        gains.append(np.add.reduceat(score, [0, *allowed[:-1]]))
 
     index = {group.name: i for i, group in enumerate(graph.groups)}
     polynomial = graph.polynomial
@@ -160,7 +164,7 @@ def _problem(
         ]
     ).reshape(len(budgets), len(terms))
     constant = np.array([float(form.constant) for form in polynomial.forms])
-    return Problem(counts, worth, constant, weights, factors, shares)
+    return Problem(counts, gains, constant, weights, factors, shares)
 
 
 def solve(problem: Problem) -> np.ndarray:
@@ -168,6 +172,8 @@ def solve(problem: Problem) -> np.ndarray:
     if not len(problem.shares):
         return np.array([len(counts) - 1 for counts in problem.counts])
     solver = _Solver(problem)
+    if not solver.comparable or len(problem.counts) > EXCHANGED:
+        return solver.settle(solver.top)
     if math.prod(map(len, problem.counts)) <= TRIED:
         return solver.best_of_all()
     return solver.exchange(max(map(solver.settle, solver.starts()), key=solver.merit))
@@ -180,12 +186,12 @@ class _Solver:
         self.problem = problem
         self.top = np.array([len(counts) - 1 for counts in problem.counts])
         self.counts = np.concatenate(problem.counts).astype(float)
-        self.worth = np.concatenate(problem.worth)
+        self.worth = np.concatenate([np.cumsum(gains) for gains in problem.gains])
         self.first = np.cumsum([0, *(self.top + 1)])[:-1]  # of each group's levels
         # The step from the level below to each level: what it brings, and how many units.
         self.group = np.repeat(np.arange(len(self.top)), self.top + 1)
         self.level = np.arange(len(self.group)) - self.first[self.group]
-        self.gain = np.diff(self.worth, prepend=0.0)
+        self.gain = np.concatenate(problem.gains)
         self.units = np.diff(self.counts, prepend=0.0)
         # Worth per unit, for the way down: within a group no step goes before those above it.
         self.value = np.empty(len(self.group))
@@ -193,6 +199,13 @@ class _Solver:
             inside = slice(first + 1, first + top + 1)
             per_unit = self.gain[inside] / self.units[inside]
             self.value[inside] = np.maximum.accumulate(per_unit[::-1])[::-1]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether sums of worth tell solutions apart, or scores are so far apart that they only
+        make an order."""
+        gains = self.gain[(self.level > 0) & (self.gain > 0)]
+        return not len(gains) or gains.min() > RESOLUTION * self.worth.max()
 
     def usage(self, levels: np.ndarray) -> np.ndarray:
         """What the network uses of every budget: float [budgets], 1 where it is used up."""
@@ -232,14 +245,13 @@ class _Solver:
         return levels[np.argmax(np.where(usage <= 1, merit, -1.0))]
 
     def starts(self) -> Iterator[np.ndarray]:
-        """The full network; and of a small one, with each group at its middle or its least."""
+        """The full network; and with each group at its middle or its least."""
         yield self.top
-        if len(self.top) <= EXCHANGED:
-            for group in np.flatnonzero(self.top):
-                for level in (self.top[group] // 2, 0):
-                    start = self.top.copy()
-                    start[group] = level
-                    yield start
+        for group in np.flatnonzero(self.top):
+            for level in (self.top[group] // 2, 0):
+                start = self.top.copy()
+                start[group] = level
+                yield start
 
     def settle(self, levels: np.ndarray, hold: int | None = None) -> np.ndarray:
         """Down to the budgets, then up again as far as they allow; `hold` is not lowered."""
@@ -289,8 +301,6 @@ class _Solver:
 
     def exchange(self, levels: np.ndarray) -> np.ndarray:
         """Moves one group up or down and lets the others settle, as long as that is better."""
-        if len(self.top) > EXCHANGED:
-            return levels
         for _ in range(SWEEPS):
             before = levels
             for group, step in [(g, s) for g in np.flatnonzero(self.top) for s in (1, -1)]:

@@ -165,7 +165,7 @@ def rehearse(graph: Graph, *, seed: int = 0) -> None:
 def _random(graph: Graph, seed: int) -> tuple[Any, Any]:
     """Variables and inputs of the full network."""
     random = np.random.default_rng(seed)
-    variables = jax.tree.map(lambda leaf: _random_leaf(random, leaf), graph.variables)
+    variables = jax.tree.map(lambda leaf: random_leaf(random, leaf), graph.variables)
     return variables, jax.tree.map(lambda leaf: _random_input(random, leaf), graph.inputs)
 
 
@@ -252,7 +252,7 @@ def _run(
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(outputs)]
 
 
-def _random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """Kernels that keep the scale of what runs through; vectors clear of zero, so that a removed
     channel's bias or statistics would show."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jaxkd import cpu
-from jaxkd.graph import cost as costs
 from jaxkd.graph import resize
 from jaxkd.graph.trace import Graph, Keep
 
@@ -28,7 +27,8 @@ class Structure:
       widths, full_widths: by layer, the shapes of its parameters in the compact and in the full
         network.
       inputs: shape (with the batch traced) and dtype of each input.
-      full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example.
+      full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example, and
+        'latency' where it was measured.
       inexact: by group, why the other channels changed when some of it were removed.
     """
 
@@ -37,8 +37,8 @@ class Structure:
     widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     full_widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     inputs: tuple[Mapping[str, Any], ...]
-    full: Mapping[str, int]
-    compact: Mapping[str, int]
+    full: Mapping[str, float]
+    compact: Mapping[str, float]
     inexact: Mapping[str, str]
 
     @property
@@ -126,7 +126,7 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
     """The structure that `keep` gives the traced network, whose variables then have `shapes`."""
     keep = graph.complete(keep)
     full, compact = graph.cost(), graph.cost(keep)
-    resources = (*costs.RESOURCES, 'peak_activations')
+    resources = (*graph.resources, 'peak_activations')
     return Structure(
         model=describe(graph.model),
         groups={

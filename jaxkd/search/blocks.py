@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxkd import errors
-from jaxkd.graph.cost import RESOURCES
+from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
@@ -134,10 +134,12 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
 
     Args:
       graph: the traced network.
-      **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1.
+      **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1, which
+        for latency is in milliseconds.
 
     Raises:
-      ConfigError: for an unknown resource or a budget that is no positive number.
+      ConfigError: for an unknown resource or a budget that is no positive number, and for a latency
+        below the full network's where it has not been measured.
     """
     full = graph.cost()
     result = {}
@@ -152,7 +154,10 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
                 budget,
                 why='it must be a share of the full network in (0, 1], or a number above 1',
             )
-        absolute = budget * getattr(full, resource) if budget <= 1 else float(budget)
+        if budget != 1 and resource not in graph.resources:
+            raise errors.ConfigError(f'budget.{resource}', budget, why=UNMEASURED)
+        unit, _ = UNITS.get(resource, (1, ''))
+        absolute = budget * (getattr(full, resource) if budget <= 1 else unit)
         if absolute < getattr(full, resource):
             result[resource] = absolute
     return result
@@ -174,8 +179,12 @@ def check_reachable(
             blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
             stuck = sorted(g.name for g in graph.groups if g.frozen)
             way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
+            unit, word = UNITS.get(resource, (1, ''))
+            asked_for, rest = (
+                f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}' for x in (asked, reachable)
+            )
             raise errors.BudgetError(
-                f'{resource} of {asked:,.0f} ({asked / getattr(full, resource):.3f} of the full '
-                f'network) cannot be reached: with every limit used up {reachable:,} '
+                f'{resource} of {asked_for} ({asked / getattr(full, resource):.3f} of the full '
+                f'network) cannot be reached: with every limit used up {rest} '
                 f'({reachable / getattr(full, resource):.3f}) remain; in the way: {way}'
             )

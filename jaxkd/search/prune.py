@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from jaxkd import errors
 from jaxkd.graph import cut
+from jaxkd.graph import latency as measuring
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
@@ -22,6 +23,7 @@ def prune(
     flops: float | None = None,
     params: float | None = None,
     activations: float | None = None,
+    latency: float | None = None,
     criterion: str = 'l1',
     blocks: blocking.Blocks = (),
     **apply_kwargs: Any,
@@ -32,7 +34,8 @@ def prune(
       model: any Linen module.
       variables: its trained variables.
       *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s; leading axis = batch.
-      flops, params, activations: budgets; see `jaxkd.select`.
+      flops, params, activations, latency: budgets; see `jaxkd.select`. For a budget in latency, the
+        network is measured on the present device, at batch size 1; see `jaxkd.with_latency`.
       criterion: a name from `jaxkd.search.criteria.CRITERIA`.
       blocks: see `jaxkd.search.blocks.resolve`.
       **apply_kwargs: further arguments of `model.apply`.
@@ -48,10 +51,14 @@ def prune(
     """
     if criterion not in criteria.CRITERIA:
         raise errors.ConfigError('criterion', criterion, allowed=criteria.CRITERIA)
-    asked = {'flops': flops, 'params': params, 'activations': activations}
+    asked = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
     if all(budget is None for budget in asked.values()):
-        raise errors.ConfigError('budget', None, why='give flops=, params= or activations=')
+        raise errors.ConfigError(
+            'budget', None, why='give flops=, params=, activations= or latency='
+        )
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
+    if latency is not None and latency != 1:
+        graph = measuring.with_latency(graph)
     scores = criteria.CRITERIA[criterion](graph, variables)
     keep = selecting.select(graph, scores, **asked, blocks=blocks)
     return cut.compact(graph, variables, keep)

@@ -20,6 +20,7 @@ def select(
     flops: float | None = None,
     params: float | None = None,
     activations: float | None = None,
+    latency: float | None = None,
     blocks: blocking.Blocks = (),
 ) -> dict[str, np.ndarray]:
     """Keeps the units with the best score for their price, within all budgets at once.
@@ -30,8 +31,9 @@ def select(
     Args:
       graph: the traced network.
       scores: float [size] by group name, ≥ 0. Groups without scores are kept whole.
-      flops, params, activations: budgets: shares of the full network in (0, 1], or absolute
-        numbers above 1; None or 1 sets no limit.
+      flops, params, activations, latency: budgets: shares of the full network in (0, 1], or
+        absolute numbers above 1 (of latency: milliseconds); None or 1 sets no limit. A budget in
+        latency needs a graph from `jaxkd.with_latency`.
       blocks: see `jaxkd.search.blocks.resolve`.
 
     Returns:
@@ -41,7 +43,9 @@ def select(
       BudgetError: where the limits of groups and blocks leave more than the budget.
     """
     limits = blocking.resolve(graph, blocks)
-    budget = blocking.budgets(graph, flops=flops, params=params, activations=activations)
+    budget = blocking.budgets(
+        graph, flops=flops, params=params, activations=activations, latency=latency
+    )
     names = [group.name for group in graph.groups]
     offsets = dict(zip(names, np.cumsum([0, *(g.size for g in graph.groups)]), strict=False))
 

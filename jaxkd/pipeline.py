@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxkd import data, distill, errors, loop, models, saved, train, watch
+from jaxkd import cpu, data, distill, errors, loop, models, saved, train, watch
 from jaxkd import workdir as records
 from jaxkd.graph import cut
 from jaxkd.graph import trace as tracing
-from jaxkd.graph.cost import RESOURCES
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
 from jaxkd.search import control, gates, penalty
@@ -45,7 +44,7 @@ class Plan(NamedTuple):
     Attributes:
       model: the full network.
       info: of the data set.
-      graph: of the model, on one image.
+      graph: of the model, on one image; with latency where there is a budget in it.
       blocks: as `blocks.resolve` takes them.
       limits: what the blocks mean for each channel group.
       budget: absolute, by resource.
@@ -139,6 +138,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
     blocks = blocking.pairs(config.blocks)
     limits = blocking.resolve(graph, blocks)
+    graph = blocking.measured(graph, config.budget.get('latency'))
     budget = blocking.budgets(graph, **config.budget)
     gated = gates.find(graph)
     smallest = {
@@ -263,7 +263,9 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         analysis = plain.lower(variables, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
             'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
-            **{resource: cost[resource] for resource in (*RESOURCES, 'peak_activations')},
+            **{
+                resource: cost[resource] for resource in (*plan.graph.resources, 'peak_activations')
+            },
             'xla_flops': analysis.get('flops'),
         }
     for name, milliseconds in _time(inference).items():
@@ -273,7 +275,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     result = {
         **rows,
         'budget': {r: b for r, b in config.budget.items() if r in plan.budget},
-        'reached': {r: rows['compact'][r] / rows['teacher'][r] for r in RESOURCES},
+        'reached': {r: rows['compact'][r] / rows['teacher'][r] for r in plan.graph.resources},
         'blocks': [
             {
                 'group': group.name,
@@ -292,8 +294,34 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         'versions': records.versions(),
         'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
     }
+    if 'latency' in plan.graph.resources:
+        result['latency'] = _latency(plan, networks)
     records.write_json(setup.workdir / 'report.json', result)
     return result
+
+
+def _latency(plan: Plan, networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]]) -> Any:
+    """Seconds for one image, as the fitted model predicts them and as they are now."""
+    image = plan.graph.inputs[0]
+    calls = {}
+    for name, (module, variables, _) in networks.items():
+        variables, x = jax.device_put(
+            (jax.device_get(variables), np.zeros(image.shape, image.dtype))
+        )
+
+        def infer(variables, x, module=module):
+            with cpu.fast_convolutions():
+                return module.apply(variables, x, train=False)
+
+        calls[name] = functools.partial(jax.jit(infer), variables, x)
+    times = {
+        'predicted': {name: cost['latency'] for name, (*_, cost) in networks.items()},
+        'measured': {name: milliseconds / 1000 for name, milliseconds in _time(calls).items()},
+    }
+    return {
+        kind: seconds | {'ratio': seconds['compact'] / seconds['teacher']}
+        for kind, seconds in times.items()
+    }
 
 
 def _soft_loss(config: ml_collections.ConfigDict) -> train.Loss:

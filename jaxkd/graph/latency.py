@@ -4,8 +4,9 @@ Each distinct convolution and dot of the network is timed by itself on a grid of
 is interpolated by a + b·in + c·out + d·in·out with coefficients ≥ 0, where `in` and `out` are the
 channels that are read and made (a depthwise convolution has one number of channels: a + c·out). So
 latency becomes one more resource of the graph's polynomial: it has prices, budgets and blocks like
-the others. What stands between the layers (norms, activations, sums) is in a factor that makes the
-layers' sum equal to what the whole network takes.
+the others. Whole networks are timed too, the full one and one of half its width: two factors, for
+what changes with widths and for what does not, make the layers' sums equal to what these take. So
+what stands between the layers (norms, activations, sums) is in it as well.
 
 That layers' times add up is an approximation: a compiler fuses, a cache stays warm. So a result is
 to be compared with the measured latency of the compact network, as the report of a run does.
@@ -39,13 +40,16 @@ from scipy import optimize
 
 from jaxkd import cpu, errors
 from jaxkd.graph import cost as costs
-from jaxkd.graph.cut import random_leaf
+from jaxkd.graph import cut as cutting
+from jaxkd.graph import structure
 from jaxkd.graph.trace import Graph, trace
 
 # The widths that are measured, as shares of the full width.
 GRID = (1.0, 0.5, 0.25)
 # How often each probe runs at most; the median counts.
 ROUNDS = 30
+# The names of probes that are no layer: a whole network, and a program that is only started.
+NETWORK, NOTHING = '(network)', '(nothing)'
 # What is left of a probe's time, at least, when the time to start a program is taken off.
 LEAST = 0.1
 
@@ -54,7 +58,7 @@ class Probe(NamedTuple):
     """Something to be timed.
 
     Attributes:
-      name: the layer, '(network)', or '(nothing)': a program that only has to be started.
+      name: the layer, or `NETWORK` or `NOTHING`.
       key: what it is remembered by: operation, shapes and parameters.
       function: of the operands.
       operands: their shapes and dtypes.
@@ -122,6 +126,22 @@ def with_latency(
         share = seconds / (len(source.operations) + 1)
         measure = functools.partial(time_probes, seconds=share)
 
+    narrow = _halved(source)
+    try:
+        totals = table.look_up([_network(source), _network(source, narrow)], measure)
+        terms = [
+            term
+            for operation in source.operations
+            for term in _terms(source, operation, table, measure)
+        ]
+    finally:
+        table.write()
+    if not terms:
+        raise errors.GraphError(
+            f'{type(graph.model).__name__} has no convolution and no dot to measure'
+        )
+    factors = _factors(source, terms, (source.keep_all(), narrow), totals)
+
     known = {_content(form): i for i, form in enumerate(graph.polynomial.forms)}
     forms = list(graph.polynomial.forms)
 
@@ -132,28 +152,9 @@ def with_latency(
             forms.append(form)
         return known[_content(form)]
 
-    try:
-        network = _network(source)
-        total = table.look_up([network], measure)[0]
-        terms = [
-            term
-            for operation in source.operations
-            for term in _terms(source, operation, table, measure)
-        ]
-    finally:
-        table.write()
-    whole = source.keep_all()
-    sums = sum(
-        term.coefficient * math.prod(source.polynomial.forms[i](whole) for i in term.forms)
-        for term in terms
-    )
-    if not sums:
-        raise errors.GraphError(
-            f'{type(graph.model).__name__} has no convolution and no dot to measure'
-        )
     measured = tuple(
         term._replace(
-            coefficient=term.coefficient * total / sums,
+            coefficient=term.coefficient * factors[bool(term.forms)],
             forms=tuple(place(source.polynomial.forms[i]) for i in term.forms),
         )
         for term in terms
@@ -173,7 +174,7 @@ def time_probes(probes: Sequence[Probe], seconds: float = 1.0) -> list[float]:
     random = np.random.default_rng(0)
     calls = []
     for probe in probes:
-        operands = [jnp.asarray(random_leaf(random, operand)) for operand in probe.operands]
+        operands = [jnp.asarray(cutting.random_leaf(random, operand)) for operand in probe.operands]
         call = functools.partial(jax.jit(probe.function, keep_unused=True), *operands)
         jax.block_until_ready(call())
         calls.append(call)
@@ -201,9 +202,9 @@ class Table:
         """The seconds of each probe; those that are not known yet are measured together."""
         missing = [probe for probe in probes if probe.key not in self.seconds]
         if missing:
-            layers = [probe for probe in missing if probe.name != '(network)']
+            layers = [probe for probe in missing if probe.name != NETWORK]
             nothing = [
-                Probe('(nothing)', '', lambda *operands: jnp.zeros(()), probe.operands)
+                Probe(NOTHING, '', lambda *operands: jnp.zeros(()), probe.operands)
                 for probe in layers[:1]
             ]
             taken = list(measure([*missing, *nothing]))
@@ -289,20 +290,62 @@ def _content(form: costs.Form) -> tuple[Any, ...]:
     return form.constant, *((group, w.tobytes()) for group, w in form.weights.items())
 
 
-def _network(graph: Graph) -> Probe:
-    """The whole network, as it is."""
-    leaves, tree = jax.tree.flatten((graph.variables, graph.inputs))
+def _halved(graph: Graph) -> dict[str, np.ndarray]:
+    """The keep of a half of every group."""
+    return {
+        group.name: np.arange(group.size) < (group.size if group.frozen else (group.size + 1) // 2)
+        for group in graph.groups
+    }
+
+
+def _network(graph: Graph, keep: costs.Keep | None = None) -> Probe:
+    """The whole network, or the compact one that `keep` makes of it."""
+    model, variables = graph.model, graph.variables
+    # Addresses of functions differ from process to process.
+    program = re.sub(r'0x[0-9a-f]+', '', str(graph.program))
+    key = f'{type(model).__name__} {hashlib.sha256(program.encode()).hexdigest()}'
+    if keep is not None:
+        variables = cutting.cut(graph, variables, keep)
+        model = structure.module(model, structure.record(graph, keep, variables))
+        key += ' at half its width'
+    leaves, tree = jax.tree.flatten((variables, graph.inputs))
 
     def run(*leaves):
         variables, inputs = jax.tree.unflatten(tree, leaves)
         with cpu.fast_convolutions():
-            return graph.model.apply(variables, *inputs, **graph.apply_kwargs)
+            return model.apply(variables, *inputs, **graph.apply_kwargs)
 
-    # Addresses of functions differ from process to process.
-    program = re.sub(r'0x[0-9a-f]+', '', str(graph.program))
-    name = type(graph.model).__name__
-    key = f'{name} {hashlib.sha256(program.encode()).hexdigest()}'
-    return Probe('(network)', key, run, tuple(leaves))
+    return Probe(NETWORK, key, run, tuple(leaves))
+
+
+def _factors(
+    graph: Graph,
+    terms: Sequence[costs.Term],
+    keeps: Sequence[costs.Keep],
+    totals: Sequence[float],
+) -> tuple[float, float]:
+    """What turns the layers' sums into the seconds of whole networks, the first one's exactly.
+
+    Returns:
+      A factor for what does not change with widths, and one for what does: a layer in a network
+      has less to start, and elementwise work comes with it.
+    """
+
+    def sums(keep: costs.Keep) -> tuple[float, float]:
+        """The terms without and with forms."""
+        alive = [form(keep) for form in graph.polynomial.forms]
+        constant = sum(term.coefficient for term in terms if not term.forms)
+        whole = sum(term.coefficient * math.prod(alive[i] for i in term.forms) for term in terms)
+        return constant, whole - constant
+
+    parts = np.array([sums(keep) for keep in keeps])
+    scale = parts[0].sum()
+    matrix = parts / scale / np.array(totals)[:, None]
+    factors, _ = optimize.nnls(matrix, np.ones(len(totals)))
+    first = parts[0] @ factors
+    if first <= 0:  # only by noise
+        return (totals[0] / scale,) * 2
+    return tuple(map(float, factors * totals[0] / first))
 
 
 def _terms(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxkd import errors
+from jaxkd.graph import latency
 from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
@@ -148,12 +149,7 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
             raise errors.ConfigError('budget', resource, allowed=RESOURCES)
         if budget is None:
             continue
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-            raise errors.ConfigError(
-                f'budget.{resource}',
-                budget,
-                why='it must be a share of the full network in (0, 1], or a number above 1',
-            )
+        _check_budget(resource, budget)
         if budget != 1 and resource not in graph.resources:
             raise errors.ConfigError(f'budget.{resource}', budget, why=UNMEASURED)
         unit, _ = UNITS.get(resource, (1, ''))
@@ -161,6 +157,23 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
         if absolute < getattr(full, resource):
             result[resource] = absolute
     return result
+
+
+def _check_budget(resource: str, budget: Any) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise errors.ConfigError(
+            f'budget.{resource}',
+            budget,
+            why='it must be a share of the full network in (0, 1], or a number above 1',
+        )
+
+
+def measured(graph: Graph, budget: float | None) -> Graph:
+    """The graph, measured on the present device if the budget in latency asks for it."""
+    if budget is None:
+        return graph
+    _check_budget('latency', budget)
+    return graph if budget == 1 else latency.with_latency(graph)
 
 
 def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from jaxkd import errors
 from jaxkd.graph import cut
-from jaxkd.graph import latency as measuring
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
@@ -57,8 +56,7 @@ def prune(
             'budget', None, why='give flops=, params=, activations= or latency='
         )
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
-    if latency is not None and latency != 1:
-        graph = measuring.with_latency(graph)
+    graph = blocking.measured(graph, latency)
     scores = criteria.CRITERIA[criterion](graph, variables)
     keep = selecting.select(graph, scores, **asked, blocks=blocks)
     return cut.compact(graph, variables, keep)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxkd import cpu, data, distill, errors, loop, models, saved, train, watch
+from jaxkd import data, distill, errors, loop, models, saved, train, watch
 from jaxkd import workdir as records
-from jaxkd.graph import cut
+from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
@@ -295,28 +295,22 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
     }
     if 'latency' in plan.graph.resources:
-        result['latency'] = _latency(plan, networks)
+        result['latency'] = _latency(plan.graph, networks)
     records.write_json(setup.workdir / 'report.json', result)
     return result
 
 
-def _latency(plan: Plan, networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]]) -> Any:
+def _latency(
+    graph: tracing.Graph, networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]]
+) -> dict[str, dict[str, float]]:
     """Seconds for one image, as the fitted model predicts them and as they are now."""
-    image = plan.graph.inputs[0]
-    calls = {}
-    for name, (module, variables, _) in networks.items():
-        variables, x = jax.device_put(
-            (jax.device_get(variables), np.zeros(image.shape, image.dtype))
-        )
-
-        def infer(variables, x, module=module):
-            with cpu.fast_convolutions():
-                return module.apply(variables, x, train=False)
-
-        calls[name] = functools.partial(jax.jit(infer), variables, x)
+    probes = [
+        latency.network(module, variables, graph.inputs, graph.apply_kwargs)
+        for module, variables, _ in networks.values()
+    ]
     times = {
         'predicted': {name: cost['latency'] for name, (*_, cost) in networks.items()},
-        'measured': {name: milliseconds / 1000 for name, milliseconds in _time(calls).items()},
+        'measured': dict(zip(networks, latency.time_probes(probes), strict=True)),
     }
     return {
         kind: seconds | {'ratio': seconds['compact'] / seconds['teacher']}

@@ -43,11 +43,11 @@ def law(probe, batch=1):
 class Clock:
     """Measures by `law`, without running anything.
 
-    The full network takes `network` seconds, that of half its width `halved`.
+    The full network takes `networks[0]` seconds, those of a half and a quarter of it the others.
     """
 
-    def __init__(self, network=1e-3, halved=4e-4, **law_arguments):
-        self.networks = [network, halved]
+    def __init__(self, networks=(1e-3, 6e-4, 4e-4), **law_arguments):
+        self.networks = list(networks)
         self.law_arguments = law_arguments
         self.probes = []
 
@@ -78,9 +78,9 @@ def by_hand(stem, point):
 
 
 def test_the_law_that_was_measured_is_reproduced(tmp_path):
-    network, halved = (3e-6 * sum(by_hand(*widths).values()) for widths in ((8, 12), (4, 6)))
+    networks = [3e-6 * sum(by_hand(*widths).values()) for widths in ((8, 12), (3, 5), (1, 3))]
     graph, *_ = traced(separable)
-    measured = jaxkd.with_latency(graph, cache=tmp_path, measure=Clock(network, halved))
+    measured = jaxkd.with_latency(graph, cache=tmp_path, measure=Clock(networks))
     for keep, widths in ((None, (8, 12)), (keep_first(stem=(3, 8), point=(7, 12)), (3, 7))):
         cost = measured.cost(keep)
         found = {row.layer: row.latency for row in cost.by_layer()}
@@ -120,15 +120,33 @@ def test_layers_of_many_kinds_can_be_made_narrower(tmp_path):
     measured = jaxkd.with_latency(graph, cache=tmp_path, measure=measure)
     names = [name for name, *_ in runs]
     assert 'inside1' not in names and names.count('inside0') == 9
-    # Two groups, which become narrower: 2, 1 input channels of each, and 8, 4, 2 output channels.
+    # Two groups, which become narrower: 2, 1 input channels of each, and 8, 6, 2 output channels.
     grouped = [shapes for name, *shapes in runs if name == 'grouped']
     assert {(lhs[-1], *rhs[-2:]) for lhs, rhs in grouped} == {
-        (2 * i, i, o) for i in (1, 2) for o in (2, 4, 8)
+        (2 * i, i, o) for i in (1, 2) for o in (2, 6, 8)
     }
     rows = {row.layer: row.latency for row in measured.cost().by_layer()}
     assert rows['inside0'] == rows['inside1'] > 0 and set(rows) >= {'grouped', 'heads', 'merge'}
     keep = {g.name: np.arange(g.size) < 1 for g in graph.groups if not g.frozen}
     assert 0 < measured.cost(keep).latency < measured.cost().latency
+
+
+@pytest.mark.filterwarnings('ignore:54 of the 54')
+def test_layers_in_a_loop_count_as_often_as_it_runs(tmp_path):
+    def looped(x):
+        x = conv(6, 1, name='stem')(x)
+
+        def body(module, carry, _):
+            return module(carry), None
+
+        again = nn.scan(body, variable_broadcast='params', split_rngs={'params': False}, length=3)
+        return again(conv(6, 1, name='again'), x, None)[0].mean((1, 2))
+
+    graph, *_ = traced(looped)
+    measured = jaxkd.with_latency(graph, cache=tmp_path, measure=Clock((1e-3,) * 3))
+    rows = {row.layer: row.latency for row in measured.cost().by_layer()}
+    once = {'stem': 3 + 2 * 3 + 5 * 6 + 0.25 * 3 * 6, 'again': 3 + 2 * 6 + 5 * 6 + 0.25 * 6 * 6}
+    np.testing.assert_allclose(rows['again'] / rows['stem'], 3 * once['again'] / once['stem'])
 
 
 def wide(x):
@@ -139,7 +157,7 @@ def wide(x):
 
 def test_budgets_in_latency_are_met(tmp_path):
     graph, _, _ = traced(wide)
-    measured = jaxkd.with_latency(graph, cache=tmp_path, measure=Clock(8e-3, 3e-3))
+    measured = jaxkd.with_latency(graph, cache=tmp_path, measure=Clock((8e-3, 3e-3, 1.5e-3)))
     full = measured.cost().latency
     np.testing.assert_allclose(full, 8e-3)
     random = np.random.default_rng(0)

@@ -10,8 +10,9 @@ between the layers (norms, activations, sums) is in it as well.
 
 That layers' times add up is an approximation: a compiler fuses, a cache stays warm. So a result is
 to be compared with the measured latency of the compact network, as the report of a run does. For
-MobileNetV2 on 32×32 images, on two busy CPU cores, networks that were to take 0.5 of the full one's
-time took 0.46 (8 images at a time) and 0.53 (one); 0.75: 0.76 and 0.88; 0.35: 0.27 and 0.27.
+MobileNetV2, one image at a time on two busy CPU cores, networks that were to take 0.75, 0.5 and 0.35
+of the full one's time took 0.81, 0.51 and 0.34 of it on 32×32 images, and on 8×8 images, where a
+network takes a millisecond, 0.80, 0.41 and 0.28. Convolutions with few channels are the hardest.
 Latency tables for choosing a structure: NetAdapt (Yang et al. 2018, arXiv 1804.03230).
 """
 
@@ -188,6 +189,7 @@ def time_probes(probes: Sequence[Probe], seconds: float = 1.0) -> list[float]:
         if done and time.perf_counter() > end:
             break
         for call, times in zip(calls, taken, strict=True):
+            jax.block_until_ready(call())  # fills the caches with its own, not its predecessor's
             start = time.perf_counter()
             jax.block_until_ready(call())
             times.append(time.perf_counter() - start)

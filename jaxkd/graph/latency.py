@@ -10,7 +10,7 @@ between the layers (norms, activations, sums) is in it as well.
 
 That layers' times add up is an approximation: a compiler fuses, a cache stays warm. So a result is
 to be compared with the measured latency of the compact network, as the report of a run does. For
-MobileNetV2, one image at a time on two busy CPU cores, networks that were to take 0.75, 0.5 and 0.35
+MobileNetV2, one image at a time on two busy cores, networks that were to take 0.75, 0.5 and 0.35
 of the full one's time took 0.81, 0.51 and 0.34 of it on 32×32 images, and on 8×8 images, where a
 network takes a millisecond, 0.80, 0.41 and 0.28. Convolutions with few channels are the hardest.
 Latency tables for choosing a structure: NetAdapt (Yang et al. 2018, arXiv 1804.03230).

@@ -16,6 +16,7 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
 
     --config.budget.flops=0.25       a share of the full network, or a number of multiply-adds > 1
     --config.budget.params=0.192     with several budgets all hold; 1.0 sets no limit
+    --config.budget.latency=0.5      of one image, measured on this device; above 1: milliseconds
     --config.blocks="(('block1/', {'strength': 2.0}), ('head', {'min_keep': 0.5}))"
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
@@ -48,7 +49,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'padding': 1,  # random shifts by up to so many pixels
                 'flip': True,  # where it keeps the label's meaning
             },
-            'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0},
+            'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             'log_every': 20,  # steps

@@ -9,6 +9,7 @@ from jaxkd.errors import (
     TrainingError,
 )
 from jaxkd.graph.cut import compact, cut, mask, verify
+from jaxkd.graph.latency import with_latency
 from jaxkd.graph.structure import CompactModel, Structure
 from jaxkd.graph.trace import ChannelGroup, Graph, trace
 from jaxkd.saved import load, save
@@ -35,4 +36,5 @@ __all__ = [
     'select',
     'trace',
     'verify',
+    'with_latency',
 ]

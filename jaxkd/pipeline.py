@@ -23,9 +23,8 @@ import numpy as np
 
 from jaxkd import data, distill, errors, loop, models, saved, train, watch
 from jaxkd import workdir as records
-from jaxkd.graph import cut
+from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
-from jaxkd.graph.cost import RESOURCES
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
 from jaxkd.search import control, gates, penalty
@@ -45,7 +44,7 @@ class Plan(NamedTuple):
     Attributes:
       model: the full network.
       info: of the data set.
-      graph: of the model, on one image.
+      graph: of the model, on one image; with latency where there is a budget in it.
       limits: what the blocks mean for each channel group.
       budget: absolute, by resource.
     """
@@ -136,6 +135,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
     limits = blocking.resolve(graph, blocking.pairs(config.blocks))
+    graph = blocking.measured(graph, config.budget.get('latency'))
     budget = blocking.budgets(graph, **config.budget)
     # A budget that no choice of gates can meet is refused now.
     select(config, graph, {name: np.ones(graph.sizes[name]) for name in gates.find(graph)})
@@ -269,7 +269,9 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         analysis = plain.lower(variables, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
             'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
-            **{resource: cost[resource] for resource in (*RESOURCES, 'peak_activations')},
+            **{
+                resource: cost[resource] for resource in (*plan.graph.resources, 'peak_activations')
+            },
             'xla_flops': analysis.get('flops'),
         }
     for name, milliseconds in _time(inference).items():
@@ -279,7 +281,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     result = {
         **rows,
         'budget': {r: b for r, b in config.budget.items() if r in plan.budget},
-        'reached': {r: rows['compact'][r] / rows['teacher'][r] for r in RESOURCES},
+        'reached': {r: rows['compact'][r] / rows['teacher'][r] for r in plan.graph.resources},
         'blocks': [
             {
                 'group': group.name,
@@ -298,8 +300,28 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         'versions': records.versions(),
         'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
     }
+    if 'latency' in plan.graph.resources:
+        result['latency'] = _latency(plan.graph, networks)
     records.write_json(setup.workdir / 'report.json', result)
     return result
+
+
+def _latency(
+    graph: tracing.Graph, networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    """Seconds for one image, as the fitted model predicts them and as they are now."""
+    probes = [
+        latency.network(module, variables, graph.inputs, graph.apply_kwargs)
+        for module, variables, _ in networks.values()
+    ]
+    times = {
+        'predicted': {name: cost['latency'] for name, (*_, cost) in networks.items()},
+        'measured': dict(zip(networks, latency.time_probes(probes), strict=True)),
+    }
+    return {
+        kind: seconds | {'ratio': seconds['compact'] / seconds['teacher']}
+        for kind, seconds in times.items()
+    }
 
 
 def _soft_loss(config: ml_collections.ConfigDict) -> train.Loss:

@@ -473,7 +473,8 @@ def compare(report: Mapping[str, Any], *, stream: TextIO | None = None) -> str:
     Args:
       report: has 'teacher' and 'compact', each with 'accuracy' (a fraction), 'flops', 'params',
         'activations' (bytes) and optionally 'milliseconds'. What both lack is left out. With
-        'inference_batch', the table says how many images the milliseconds are for.
+        'inference_batch', the table says how many images the milliseconds are for. With 'latency',
+        it shows the seconds for one image that were 'predicted' and 'measured'.
       stream: where it will be printed (standard output by default): a terminal gets lines and
         colours, anything else plain text.
 
@@ -493,8 +494,20 @@ def compare(report: Mapping[str, Any], *, stream: TextIO | None = None) -> str:
         ),
     ]
     cells = [('', 'teacher', 'compact', 'compact / teacher')]
-    for label, key, shape in rows:
-        pair = [report[name].get(key) for name in ('teacher', 'compact')]
+    pairs = [
+        (label, key, shape, [report[name].get(key) for name in ('teacher', 'compact')])
+        for label, key, shape in rows
+    ]
+    pairs += [
+        (
+            f'latency of 1, {kind} (ms)',
+            'latency',
+            lambda value: f'{1000 * value:.3g}',
+            [seconds['teacher'], seconds['compact']],
+        )
+        for kind, seconds in report.get('latency', {}).items()
+    ]
+    for label, key, shape, pair in pairs:
         if pair == [None, None]:
             continue
         shown = ['-' if value is None else shape(value) for value in pair]

@@ -227,6 +227,7 @@ def test_compare_puts_both_networks_beside_each_other():
         },
         'compact': {'accuracy': 0.952, 'flops': 156_000_000, 'params': 430_769},
         'inference_batch': 64,
+        'latency': {'measured': {'teacher': 0.004, 'compact': 0.003, 'ratio': 0.75}},
     }
     lines = watch.compare(report, stream=io.StringIO()).split('\n')
     assert [line.split('  ')[0] for line in lines[1:]] == [
@@ -235,11 +236,13 @@ def test_compare_puts_both_networks_beside_each_other():
         'parameters',
         'activations (bytes)',
         'inference of 64 (ms)',
+        'latency of 1, measured (ms)',
     ]
     assert lines[1].split()[1:] == ['94.12%', '95.20%', '+1.08', 'points']
     assert lines[2].split()[-3:] == ['312.0M', '156.0M', '1/2.00']
     assert lines[3].split()[-1] == '1/5.20'
     assert lines[4].split()[-3:] == ['5.3M', '-', '-']
+    assert lines[6].split()[-3:] == ['4', '3', '1/1.33']
     assert len({len(line) for line in lines}) == 1
 
     class Terminal(io.StringIO):
@@ -247,4 +250,4 @@ def test_compare_puts_both_networks_beside_each_other():
             return True
 
     drawn = watch.compare(report, stream=Terminal())
-    assert '\x1b[' in drawn and '1/5.20' in drawn and len(drawn.split('\n')) == 9
+    assert '\x1b[' in drawn and '1/5.20' in drawn and len(drawn.split('\n')) == 10

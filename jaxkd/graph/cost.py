@@ -2,21 +2,28 @@
 
 Every convolution and dot, and every parameter, contributes a product: a constant times the number
 of positions that are alive on some axes. The number alive on an axis is a linear form of the keeps.
-Totals, shares of layers, and prices all come from these products.
+Totals, shares of layers, and prices all come from these products. What is counted has integers for
+constants; latency is measured (see `jaxkd.graph.latency`), and its constants are seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxkd import errors
 
 Keep = Mapping[str, np.ndarray]
-RESOURCES = ('flops', 'params', 'activations')
+COUNTED = ('flops', 'params', 'activations')
+RESOURCES = (*COUNTED, 'latency')
+UNMEASURED = (
+    'nothing has been measured for this graph; call graph = jaxkd.with_latency(graph) first'
+)
+# The unit of an absolute budget, where it is not the unit of the cost.
+UNITS = {'latency': (1e-3, 'ms')}
 
 
 class Form(NamedTuple):
@@ -37,8 +44,34 @@ class Term(NamedTuple):
 
     layer: str
     resource: str
-    coefficient: int
+    coefficient: int | float
     forms: tuple[int, ...]
+
+
+class Width(NamedTuple):
+    """A factor of an axis: `size` positions, counted by form `form`, or by none if they stay."""
+
+    size: int
+    form: int | None
+
+
+class Operation(NamedTuple):
+    """A convolution or dot that the network does, so that it can be done again at other widths.
+
+    Attributes:
+      layer: as in `Term`.
+      eqn: the equation of the jaxpr, with parameters and the operands' shapes.
+      rounds: how often it is done: more than once in a loop.
+      contracted: of each axis that is summed over (a convolution's: its kernel's input channels),
+        the factors.
+      result: of each axis of the output, the factors.
+    """
+
+    layer: str
+    eqn: Any
+    rounds: int
+    contracted: tuple[tuple[Width, ...], ...]
+    result: tuple[tuple[Width, ...], ...]
 
 
 class Live(NamedTuple):
@@ -51,12 +84,16 @@ class Live(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one layer costs for one example: multiply-adds, parameters, bytes of its outputs."""
+    """What one layer costs for one example: multiply-adds, parameters, bytes of its outputs.
+
+    And, where it has been measured, its part of the latency of one batch, in seconds.
+    """
 
     layer: str
     flops: int
     params: int
     activations: int
+    latency: float = 0.0
 
 
 class Cost(NamedTuple):
@@ -66,6 +103,8 @@ class Cost(NamedTuple):
       flops: multiply-adds (one counts 1) of all convolutions and dots; padding counts as input.
       params: elements of the collection `params`.
       activations: bytes of the outputs of all convolutions and dots.
+      latency: seconds for one batch by the model that `jaxkd.with_latency` has fitted to the
+        present device; 0.0 where that has not been called.
       peak_activations: most bytes of inputs and intermediate arrays that are needed at one time,
         where elementwise and rearranging operations are computed on the fly and store nothing.
       rows: the same by layer, in the order of the computation.
@@ -74,6 +113,7 @@ class Cost(NamedTuple):
     flops: int
     params: int
     activations: int
+    latency: float
     peak_activations: int
     rows: tuple[Row, ...]
 
@@ -90,9 +130,9 @@ class Polynomial(NamedTuple):
 
     def cost(self, keep: Keep) -> Cost:
         alive = [form(keep) for form in self.forms]
-        rows: dict[str, dict[str, int]] = {}
+        rows: dict[str, dict[str, int | float]] = {}
         for term in self.terms:
-            row = rows.setdefault(term.layer, dict.fromkeys(RESOURCES, 0))
+            row = rows.setdefault(term.layer, dict.fromkeys(COUNTED, 0) | {'latency': 0.0})
             product = term.coefficient
             for i in term.forms:
                 product *= alive[i]

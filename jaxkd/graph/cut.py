@@ -172,7 +172,7 @@ def rehearse(graph: Graph, *, seed: int = 0) -> None:
 def _random(graph: Graph, seed: int) -> tuple[Any, Any]:
     """Variables and inputs of the full network; two examples say as much as a large batch."""
     random = np.random.default_rng(seed)
-    variables = jax.tree.map(lambda leaf: _random_leaf(random, leaf), graph.variables)
+    variables = jax.tree.map(lambda leaf: random_leaf(random, leaf), graph.variables)
     outputs = graph.program.out_avals[: graph.outputs]
     leading = {leaf.shape[:1] for leaf in (*jax.tree.leaves(graph.inputs), *outputs)}
     few = 2 if len(leading) == 1 else None  # what is not batched throughout stays as it is
@@ -262,7 +262,7 @@ def _run(
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(outputs)]
 
 
-def _random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """Kernels that keep the scale of what runs through; vectors clear of zero, so that a removed
     channel's bias or statistics would show."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

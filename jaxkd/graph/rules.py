@@ -55,7 +55,11 @@ class Layer(NamedTuple):
       shape: shape of the output, with the batch.
       factors: axes whose sizes' product is the multiply-adds for one example.
       itemsize: bytes of one element of the output.
-      outputs: axes whose sizes' product is the output's elements for one example.
+      outputs: axes whose sizes' product is the output's elements for one example: those of the
+        output, then what they are repeated over.
+      eqn: the equation.
+      contracted: the axes that are summed over: a convolution's are its kernel's input channels.
+      rounds: how often a loop does it.
     """
 
     primitive: str
@@ -66,6 +70,9 @@ class Layer(NamedTuple):
     factors: tuple[Axis, ...]
     itemsize: int
     outputs: tuple[Axis, ...]
+    eqn: Any
+    contracted: tuple[Axis, ...]
+    rounds: int = 1
 
 
 class Context:
@@ -593,6 +600,8 @@ def _dot_general(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
             (*result, *contracted),
             aval.dtype.itemsize,
             result,
+            eqn,
+            tuple(contracted),
         )
     )
     return [result]
@@ -644,6 +653,8 @@ def _convolution(context: Context, eqn: Any, lhs: Array, rhs: Array) -> list[Arr
             (lhs_batch, *positions, *rhs_space, rhs_in, out),
             aval.dtype.itemsize,
             tuple(result),
+            eqn,
+            (rhs_in,),
         )
     )
     return [tuple(result)]
@@ -729,7 +740,11 @@ def _scan(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     carry, outputs, mark = _loop(context, eqn, body, consts, carry, inputs)
     rounds = names.bound(params['length'])
     context.layers[mark:] = [
-        layer._replace(factors=(*layer.factors, rounds), outputs=(*layer.outputs, rounds))
+        layer._replace(
+            factors=(*layer.factors, rounds),
+            outputs=(*layer.outputs, rounds),
+            rounds=layer.rounds * params['length'],
+        )
         for layer in context.layers[mark:]
     ]
     return [*carry, *((rounds, *x) for x in outputs[len(carry) :])]

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from jaxkd import cpu
-from jaxkd.graph import cost as costs
 from jaxkd.graph import resize
 from jaxkd.graph.trace import Graph, Keep
 
@@ -28,7 +27,8 @@ class Structure:
       widths, full_widths: by layer, the shapes of its parameters in the compact and in the full
         network.
       inputs: shape (with the batch traced) and dtype of each input.
-      full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example.
+      full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example, and
+        'latency' where it was measured.
       inexact: by group, why the other channels changed when some of it were removed.
     """
 
@@ -37,8 +37,8 @@ class Structure:
     widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     full_widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     inputs: tuple[Mapping[str, Any], ...]
-    full: Mapping[str, int]
-    compact: Mapping[str, int]
+    full: Mapping[str, float]
+    compact: Mapping[str, float]
     inexact: Mapping[str, str]
 
     @property
@@ -130,7 +130,7 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
     if isinstance(model, resize.CompactModule):  # a compact network cut further
         full_widths = {layer: dict(shapes) for layer, shapes in model.full_widths.items()}
         model = model.model.module
-    resources = (*costs.RESOURCES, 'peak_activations')
+    resources = (*graph.resources, 'peak_activations')
     return Structure(
         model=describe(model),
         groups={

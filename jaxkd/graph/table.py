@@ -57,8 +57,16 @@ def table(
 
 def costs_table(title: str, rows: Iterable[costs.Row], total: costs.Cost) -> str:
     """Rows of cost with their shares of `total`, which stands below them."""
-    cells = [(title, 'multiply-adds', '%', 'parameters', '%', 'bytes out')]
-    for row in (*rows, costs.Row('total', total.flops, total.params, total.activations)):
+    measured = total.latency > 0
+    cells = [
+        (
+            *(title, 'multiply-adds', '%', 'parameters', '%', 'bytes out'),
+            *(('ms', '%') if measured else ()),
+        )
+    ]
+    whole = costs.Row('total', *(getattr(total, resource) for resource in costs.RESOURCES))
+    for row in (*rows, whole):
+        latency = f'{1000 * row.latency:.3f}', percent(row.latency, total.latency)
         cells.append(
             (
                 row.layer,
@@ -67,6 +75,7 @@ def costs_table(title: str, rows: Iterable[costs.Row], total: costs.Cost) -> str
                 f'{row.params:,}',
                 percent(row.params, total.params),
                 f'{row.activations:,}',
+                *(latency if measured else ()),
             )
         )
     return grid(cells, left=(0,))

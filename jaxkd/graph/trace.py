@@ -92,6 +92,8 @@ class Graph:
       groups: all channel groups, in the order of the computation.
       unknown: primitives that were not understood, each with what that means and a line of the
         model's code.
+      operations: the convolutions and dots, in the order of the computation.
+      inexact: as `trace` was told.
     """
 
     model: nn.Module
@@ -103,6 +105,8 @@ class Graph:
     groups: tuple[ChannelGroup, ...]
     polynomial: costs.Polynomial
     unknown: Mapping[str, str]
+    operations: tuple[costs.Operation, ...]
+    inexact: str
 
     @functools.cached_property
     def by_name(self) -> dict[str, ChannelGroup]:
@@ -111,6 +115,12 @@ class Graph:
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {group.name: group.size for group in self.groups}
+
+    @functools.cached_property
+    def resources(self) -> tuple[str, ...]:
+        """What can be budgeted: latency only where it has been measured."""
+        measured = any(term.resource == 'latency' for term in self.polynomial.terms)
+        return costs.RESOURCES if measured else costs.COUNTED
 
     @property
     def frozen(self) -> tuple[FrozenGroup, ...]:
@@ -159,6 +169,8 @@ class Graph:
     def price(self, keep: Keep | None, resource: str) -> dict[str, np.ndarray]:
         """What one more unit costs: ∂resource/∂keep at `keep`, float64 [size] by group name."""
         costs.check_resource(resource)
+        if resource not in self.resources:
+            raise errors.ConfigError('resource', resource, why=costs.UNMEASURED)
         return self.polynomial.price(self.complete(keep), resource, self.sizes)
 
     def table(self, keep: Keep | None = None) -> str:
@@ -241,6 +253,7 @@ def trace(
 
     found = context.ties.components()
     groups = _groups(context, starts, found)
+    polynomial, operations = _polynomial(context, operands, starts, groups, found)
     graph = Graph(
         model=model,
         variables=variables,
@@ -249,8 +262,10 @@ def trace(
         program=jaxpr,
         outputs=number,
         groups=groups,
-        polynomial=_polynomial(context, operands, starts, groups, found),
+        polynomial=polynomial,
         unknown=context.unknown,
+        operations=operations,
+        inexact=inexact,
     )
     if context.fixes_sizes:
         from jaxkd.graph import settle  # it cuts graphs, which are made here
@@ -445,8 +460,8 @@ def _polynomial(
     starts: Sequence[tuple[str, int, int, int]],
     groups: Sequence[ChannelGroup],
     found: names.Components,
-) -> costs.Polynomial:
-    """The cost of every layer and parameter in terms of the groups' keeps."""
+) -> tuple[costs.Polynomial, tuple[costs.Operation, ...]]:
+    """The cost of every layer and parameter in terms of the groups' keeps, and the layers."""
     owner_of = np.full(len(found.windows), -1)
     unit_of = np.zeros(len(found.windows), int)
     first = {(path, axis): start for path, axis, start, _ in starts}
@@ -485,13 +500,26 @@ def _polynomial(
     def term(layer: str, resource: str, factor: int, axes: Sequence[names.Axis]) -> costs.Term:
         return costs.Term(layer, resource, *product(factor, axes))
 
-    terms = []
+    def widths(axes: Sequence[names.Axis]) -> tuple[tuple[costs.Width, ...], ...]:
+        return tuple(
+            tuple(
+                costs.Width(part.size, None if part.names is None else form(part.names))
+                for part in axis
+            )
+            for axis in axes
+        )
+
+    terms, operations = [], []
     ranks: dict[str, int] = {}
     for layer in context.layers:
         name = _layer_name(layer, starts)
         rank = ranks.setdefault(name, len(ranks))
         terms.append((rank, term(name, 'flops', 1, layer.factors)))
         terms.append((rank, term(name, 'activations', layer.itemsize, layer.outputs)))
+        result = layer.outputs[: len(layer.shape)]
+        operations.append(
+            costs.Operation(name, layer.eqn, layer.rounds, widths(layer.contracted), widths(result))
+        )
     for path, axes in operands.items():
         if path.startswith('params/'):
             # Layers that only have parameters (norms) are listed after the one they stand next to.
@@ -502,7 +530,8 @@ def _polynomial(
         costs.Live(*product(array.itemsize, array.axes), array.born, array.last)
         for array in context.stored
     )
-    return costs.Polynomial(tuple(forms), tuple(term for _, term in terms), lives)
+    polynomial = costs.Polynomial(tuple(forms), tuple(term for _, term in terms), lives)
+    return polynomial, tuple(operations)
 
 
 def _warn_if_frozen(graph: Graph) -> None:

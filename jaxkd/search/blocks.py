@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxkd import errors
-from jaxkd.graph.cost import RESOURCES
+from jaxkd.graph import latency
+from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
@@ -108,8 +109,6 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value, Mapping):
                 why = "it must be a dict of resources, such as {'flops': 0.5}"
                 raise errors.ConfigError(f'{field}.budget', value, why=why)
-            for resource, asked in value.items():
-                _check_budget(f'{field}.budget', resource, asked)
         elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
         elif isinstance(value, float) and value > 1 and name != 'strength':
@@ -141,17 +140,19 @@ def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
 
     Args:
       graph: the traced network.
-      **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1.
+      **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1, which
+        for latency is in milliseconds.
 
     Raises:
-      ConfigError: for an unknown resource or a budget that is no positive number.
+      ConfigError: for an unknown resource or a budget that is no positive number, and for a latency
+        below the full network's where it has not been measured.
     """
     full = graph.cost()
     result = {}
     for resource, budget in asked.items():
-        _check_budget('budget', resource, budget)
+        _check_budget('budget', graph, resource, budget)
         if budget is not None:
-            absolute = _absolute(budget, getattr(full, resource))
+            absolute = _absolute(resource, budget, getattr(full, resource))
             if absolute < getattr(full, resource):
                 result[resource] = absolute
     return result
@@ -182,31 +183,47 @@ def budgets_of_blocks(graph: Graph, blocks: Blocks) -> list[BlockBudget]:
         layers = frozenset(r.layer for r in rows if re.search(pattern, r.layer)) - taken
         taken |= layers
         for resource, asked in settings.get('budget', {}).items():
+            _check_budget(f'blocks[{pattern!r}].budget', graph, resource, asked)
             if not layers:
                 why = f'no layer belongs to it; the layers are {", ".join(r.layer for r in rows)}'
                 raise errors.ConfigError(f'blocks[{pattern!r}].budget', settings['budget'], why=why)
             full = sum(getattr(row, resource) for row in rows if row.layer in layers)
-            absolute = _absolute(asked, full)
+            absolute = full if asked is None else _absolute(resource, asked, full)
             if absolute < full:
                 result.append(BlockBudget(pattern, resource, layers, absolute))
     return result
 
 
-def _check_budget(field: str, resource: str, asked: Any) -> None:
+def _check_budget(field: str, graph: Graph, resource: str, asked: Any) -> None:
     if resource not in RESOURCES:
         raise errors.ConfigError(field, resource, allowed=RESOURCES)
     if asked is None:
         return
+    _check_number(f'{field}.{resource}', asked)
+    if asked != 1 and resource not in graph.resources:
+        raise errors.ConfigError(f'{field}.{resource}', asked, why=UNMEASURED)
+
+
+def _check_number(field: str, asked: Any) -> None:
     if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
         raise errors.ConfigError(
-            f'{field}.{resource}',
+            field,
             asked,
             why='it must be a share of the full network in (0, 1], or a number above 1',
         )
 
 
-def _absolute(asked: float, full: float) -> float:
-    return asked * full if asked <= 1 else float(asked)
+def _absolute(resource: str, asked: float, full: float) -> float:
+    unit, _ = UNITS.get(resource, (1, ''))
+    return asked * (full if asked <= 1 else unit)
+
+
+def measured(graph: Graph, budget: float | None) -> Graph:
+    """The graph, measured on the present device if the budget in latency asks for it."""
+    if budget is None:
+        return graph
+    _check_number('budget.latency', budget)
+    return graph if budget == 1 else latency.with_latency(graph)
 
 
 def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
@@ -225,9 +242,13 @@ def check_reachable(
             blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
             stuck = sorted(g.name for g in graph.groups if g.frozen)
             way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
+            unit, word = UNITS.get(resource, (1, ''))
+            asked_for, rest = (
+                f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}' for x in (asked, reachable)
+            )
             raise errors.BudgetError(
-                f'{resource} of {asked:,.0f} ({asked / getattr(full, resource):.3f} of the full '
-                f'network) cannot be reached: with every limit used up {reachable:,} '
+                f'{resource} of {asked_for} ({asked / getattr(full, resource):.3f} of the full '
+                f'network) cannot be reached: with every limit used up {rest} '
                 f'({reachable / getattr(full, resource):.3f}) remain; in the way: {way}'
             )
 

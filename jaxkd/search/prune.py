@@ -23,6 +23,7 @@ def prune(
     flops: float | None = None,
     params: float | None = None,
     activations: float | None = None,
+    latency: float | None = None,
     criterion: str = 'l1',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
@@ -37,7 +38,8 @@ def prune(
       model: any Linen module.
       variables: its trained variables.
       *inputs: arguments of the module, arrays or `jax.ShapeDtypeStruct`s; leading axis = batch.
-      flops, params, activations: budgets; see `jaxkd.select`.
+      flops, params, activations, latency: budgets; see `jaxkd.select`. For a budget in latency, the
+        network is measured on the present device, at batch size 1; see `jaxkd.with_latency`.
       criterion: how much a channel matters, a name from `jaxkd.search.criteria.CRITERIA`, where
         each says what it computes. 'random', 'uniform', 'l1', 'l2', 'bn_scale', 'fpgm' and 'lamp'
         look at the variables alone; 'taylor', 'group_taylor', 'activation' and 'sensitivity' need
@@ -60,10 +62,13 @@ def prune(
     """
     if criterion not in criteria.CRITERIA:
         raise errors.ConfigError('criterion', criterion, allowed=criteria.CRITERIA)
-    asked = {'flops': flops, 'params': params, 'activations': activations}
+    asked = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
     if all(budget is None for budget in asked.values()):
-        raise errors.ConfigError('budget', None, why='give flops=, params= or activations=')
+        raise errors.ConfigError(
+            'budget', None, why='give flops=, params=, activations= or latency='
+        )
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
+    graph = blocking.measured(graph, latency)
     evidence = criteria.Evidence(loss, tuple(batches), seed)
     scores = criteria.CRITERIA[criterion](graph, variables, evidence)
     keep = selecting.select(graph, scores, **asked, blocks=blocks, round_to=round_to)

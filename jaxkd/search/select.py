@@ -59,6 +59,7 @@ def select(
     flops: float | None = None,
     params: float | None = None,
     activations: float | None = None,
+    latency: float | None = None,
     blocks: blocking.Blocks = (),
     round_to: int = 1,
 ) -> dict[str, np.ndarray]:
@@ -67,8 +68,9 @@ def select(
     Args:
       graph: the traced network.
       scores: float [size] by group name, ≥ 0. Groups without scores are kept whole.
-      flops, params, activations: budgets: shares of the full network in (0, 1], or absolute
-        numbers above 1; None or 1 sets no limit.
+      flops, params, activations, latency: budgets: shares of the full network in (0, 1], or
+        absolute numbers above 1 (of latency: milliseconds); None or 1 sets no limit. A budget in
+        latency needs a graph from `jaxkd.with_latency`.
       blocks: see `jaxkd.search.blocks.resolve`; a block's own budget holds for its layers.
       round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
         and GPUs.
@@ -84,7 +86,9 @@ def select(
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
     limits = blocking.resolve(graph, blocks)
-    budget = blocking.budgets(graph, flops=flops, params=params, activations=activations)
+    budget = blocking.budgets(
+        graph, flops=flops, params=params, activations=activations, latency=latency
+    )
     within = blocking.budgets_of_blocks(graph, blocks)
     best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
 

@@ -7,7 +7,7 @@ run that was stopped goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import os
 import pathlib
@@ -46,14 +46,14 @@ class Plan(NamedTuple):
       info: of the data set.
       graph: of the model, on one image; with latency where there is a budget in it.
       limits: what the blocks mean for each channel group.
-      budget: absolute, by resource.
+      budgets: that set a limit.
     """
 
     model: nn.Module
     info: data.Info
     graph: tracing.Graph
     limits: Mapping[str, blocking.Limits]
-    budget: Mapping[str, float]
+    budgets: Sequence[blocking.Budget]
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
     limits = blocking.resolve(graph, blocking.pairs(config.blocks))
     graph = blocking.measured(graph, config.budget.get('latency'))
-    budget = blocking.budgets(graph, **config.budget)
+    budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
     # A budget that no choice of gates can meet is refused now.
     select(config, graph, {name: np.ones(graph.sizes[name]) for name in gates.find(graph)})
     for name in STAGES:
@@ -146,7 +146,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
                 config[name].batch_size,
                 why=f'it must be a multiple of the number of devices, {jax.device_count()}',
             )
-    return Plan(model, info, graph, limits, budget)
+    return Plan(model, info, graph, limits, budgets)
 
 
 def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
@@ -196,7 +196,7 @@ def search_structure(
                 memory,
                 jax.device_get(effort(state.params)),
                 plan.limits,
-                plan.budget,
+                plan.budgets,
                 progress=step / down,
                 horizon=horizon / down,
                 period=period / down,
@@ -206,7 +206,7 @@ def search_structure(
 
     def facts(memory: control.State) -> dict[str, float]:
         cost = graph.cost(control.alive(graph, memory))
-        return _alive(cost._asdict()) | {'lambda': float(memory.penalty)}
+        return _alive(cost._asdict()) | {'lambda': float(memory.penalty.sum())}
 
     state, _ = loop.fit(
         setup,
@@ -217,7 +217,7 @@ def search_structure(
         penalty.proximal(found, schedule, config.coupling),
         facts=facts,
         teacher=(plan.model, teacher),
-        memory=control.initial(jax.device_get(effort(teacher['params']))),
+        memory=control.initial(jax.device_get(effort(teacher['params'])), len(plan.budgets)),
         steer=steer,
     )
     return train.variables(state), jax.device_get(effort(state.params))
@@ -280,7 +280,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     kept = {name: len(group['kept']) for name, group in small.structure.groups.items()}
     result = {
         **rows,
-        'budget': {r: b for r, b in config.budget.items() if r in plan.budget},
+        'budget': {b.resource: config.budget[b.resource] for b in plan.budgets if not b.block},
         'reached': {r: rows['compact'][r] / rows['teacher'][r] for r in plan.graph.resources},
         'blocks': [
             {

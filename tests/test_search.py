@@ -296,7 +296,9 @@ def test_a_block_keeps_its_own_budget(chain):
     assert keep['one'].sum() * keep['two'].sum() == 12
     # Of (4, 3), (3, 4) and (2, 6) the first is worth 10 + 15, the second 9 + 18, the last 7 + 21.
     assert (keep['one'].sum(), keep['two'].sum()) == (2, 6)
-    with pytest.raises(errors.BudgetError, match="the block 'two'.*lower its min_keep"):
+    with pytest.raises(
+        errors.BudgetError, match="of the block 'two'.* cannot be reached.*: blocks two"
+    ):
         selecting.select(graph, scores, blocks=[('two', {'budget': {'flops': 3}, 'min_keep': 4})])
     with pytest.raises(errors.ConfigError, match='flops, params, activations'):
         selecting.select(graph, scores, blocks=[('two', {'budget': {'power': 0.5}})])
@@ -331,13 +333,13 @@ def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
     """
     graph, _ = chain
     efforts = {'one': np.full(4, 50.0), 'two': np.array([0.3, 0.6, 9.0, 9.0, 9.0, 9.0])}
-    state = control.initial(efforts)._replace(correction=np.array(1.0))
+    state = control.initial(efforts)
     state = _decide(graph, state, efforts, 0.7, 1.0)
     np.testing.assert_allclose(state.penalty, 2.0 * state.correction, rtol=1e-6)
     assert state.correction > 1.0  # 40 alive where 28 are due
     strongest = np.argmax(efforts['one'])
     np.testing.assert_allclose(
-        state.strength['one'][strongest + 1 :], state.penalty * 7 / 40, rtol=1e-6
+        state.strength['one'][strongest + 1 :], state.penalty[0] * 7 / 40, rtol=1e-6
     )
     assert state.strength['one'][strongest] == 0.0  # the last of a group is never pressed
 
@@ -389,6 +391,33 @@ def test_controller_follows_the_schedule_against_a_pull():
                 efforts[name] = np.maximum(effort + back - rate * state.strength[name], 0.0)
         assert share <= 0.41 and share >= 0.37, (pull, share)
         assert worst < 0.05, (pull, worst)  # never far below the schedule either
+
+
+def test_every_budget_has_a_penalty_of_its_own():
+    """A block's and two of the network: all hold at the end, and one is used up."""
+    graph, _ = _wide()
+    rng = np.random.default_rng(0)
+    efforts = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
+    wanted = blocks.budgets(graph, [('conv2', {'budget': {'flops': 0.4}})], flops=0.5, params=0.6)
+    assert [budget.block for budget in wanted] == ['conv2', '', '']
+    state = control.initial(efforts, len(wanted))
+    for i in range(130):
+        state = control.decide(
+            graph,
+            state,
+            efforts,
+            blocks.resolve(graph),
+            wanted,
+            progress=i / 100,
+            horizon=0.1,
+            period=0.01,
+            rate=0.5,
+        )
+        efforts = {n: np.maximum(e - 0.05 * state.strength[n], 0.0) for n, e in efforts.items()}
+    cost = graph.cost(control.alive(graph, state))
+    shares = [budget.share(cost) for budget in wanted]
+    used = np.array(shares) / [0.4, 0.5, 0.6]
+    assert (used <= 1.025).all() and used.max() > 0.95, used
 
 
 def test_criteria_rank_by_size(chain):

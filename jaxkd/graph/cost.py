@@ -8,7 +8,7 @@ constants; latency is measured (see `jaxkd.graph.latency`), and its constants ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -150,12 +150,21 @@ class Polynomial(NamedTuple):
             change[live.last + 1] -= size
         return int(np.cumsum(change).max())
 
-    def price(self, keep: Keep, resource: str, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """The derivative of a resource in every keep, at `keep`: float64 [units] by group."""
+    def price(
+        self,
+        keep: Keep,
+        resource: str,
+        sizes: Mapping[str, int],
+        layers: Collection[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The derivative of a resource in every keep, at `keep`: float64 [units] by group.
+
+        Of what `layers` pay, or all layers.
+        """
         alive = [form(keep) for form in self.forms]
         slope = np.zeros(len(self.forms))
         for term in self.terms:
-            if term.resource != resource:
+            if term.resource != resource or not (layers is None or term.layer in layers):
                 continue
             for place, i in enumerate(term.forms):
                 others = [alive[j] for other, j in enumerate(term.forms) if other != place]

@@ -7,7 +7,7 @@ and walks the jaxpr with the rules of `jaxkd.graph.rules`. What hangs together i
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -166,12 +166,17 @@ class Graph:
         """The cost of one example with `keep` (of the full network without)."""
         return self.polynomial.cost(self.complete(keep))
 
-    def price(self, keep: Keep | None, resource: str) -> dict[str, np.ndarray]:
-        """What one more unit costs: ∂resource/∂keep at `keep`, float64 [size] by group name."""
+    def price(
+        self, keep: Keep | None, resource: str, layers: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """What one more unit costs: ∂resource/∂keep at `keep`, float64 [size] by group name.
+
+        In all layers, or those named.
+        """
         costs.check_resource(resource)
         if resource not in self.resources:
             raise errors.ConfigError('resource', resource, why=costs.UNMEASURED)
-        return self.polynomial.price(self.complete(keep), resource, self.sizes)
+        return self.polynomial.price(self.complete(keep), resource, self.sizes, layers)
 
     def table(self, keep: Keep | None = None) -> str:
         """The layers, the groups with their members, and the costs, for people to read."""

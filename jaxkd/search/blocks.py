@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkd import errors
 from jaxkd.graph import latency
-from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED
+from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED, Cost
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
@@ -42,7 +42,7 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
       blocks: `[(pattern, settings), …]`. A pattern is a regular expression that is searched in the
         group's name and in the paths of the parameters that make its channels; the first that
         matches decides. Settings: `strength` (factor of the penalty, ≥ 0), `min_keep` and
-        `max_keep` (an int counts units, a float is a share), `budget` (see `budgets_of_blocks`),
+        `max_keep` (an int counts units, a float is a share), `budget` (see `budgets`),
         `freeze` (keep all).
 
     Raises:
@@ -135,63 +135,74 @@ def _producers(graph: Graph, group: ChannelGroup) -> list[str]:
     return paths
 
 
-def budgets(graph: Graph, **asked: float | None) -> dict[str, float]:
-    """Budgets as absolute numbers, those that set no limit left out.
+class Budget(NamedTuple):
+    """At most `most` of a resource.
+
+    Attributes:
+      resource: which.
+      most: an absolute number.
+      full: what there is of it in the full network.
+      block: the pattern of the block whose layers it is about; '' for the whole network.
+      layers: the names of these layers; None for all.
+    """
+
+    resource: str
+    most: float
+    full: float
+    block: str = ''
+    layers: frozenset[str] | None = None
+
+    def share(self, cost: Cost) -> float:
+        """How much of the full network's is left in a network of this cost."""
+        if self.layers is None:
+            return getattr(cost, self.resource) / self.full
+        rows = (getattr(row, self.resource) for row in cost.rows if row.layer in self.layers)
+        return sum(rows) / self.full
+
+
+def budgets(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Budget]:
+    """What must hold at the end: the blocks' own budgets, then the network's.
 
     Args:
       graph: the traced network.
+      blocks: see `resolve`. A layer belongs to the first block whose pattern is found in its name;
+        a block's `budget` is {resource: share of what these layers cost, or absolute number}.
       **asked: by resource, a share of the full network in (0, 1] or an absolute number > 1, which
         for latency is in milliseconds.
 
-    Raises:
-      ConfigError: for an unknown resource or a budget that is no positive number, and for a latency
-        below the full network's where it has not been measured.
-    """
-    full = graph.cost()
-    result = {}
-    for resource, budget in asked.items():
-        _check_budget('budget', graph, resource, budget)
-        if budget is not None:
-            absolute = _absolute(resource, budget, getattr(full, resource))
-            if absolute < getattr(full, resource):
-                result[resource] = absolute
-    return result
-
-
-class BlockBudget(NamedTuple):
-    """What the layers of a block may cost together: `budget`, an absolute number."""
-
-    block: str
-    resource: str
-    layers: frozenset[str]
-    budget: float
-
-
-def budgets_of_blocks(graph: Graph, blocks: Blocks) -> list[BlockBudget]:
-    """The blocks' own budgets, those that set no limit left out.
-
-    A layer belongs to the first block whose pattern is found in its name; a budget is a share of
-    what the block's layers cost in the full network, or an absolute number above 1.
+    Returns:
+      The budgets that set a limit.
 
     Raises:
-      ConfigError: for a budget that cannot be, or a block that has one but no layers.
+      ConfigError: for an unknown resource or a budget that is no positive number, for a latency
+        below the full network's where it has not been measured, and for a block that has a budget
+        but no layers.
     """
-    rows = graph.cost().rows
+    cost = graph.cost()
     result = []
     taken: set[str] = set()
     for pattern, settings in blocks:
-        layers = frozenset(r.layer for r in rows if re.search(pattern, r.layer)) - taken
+        layers = frozenset(r.layer for r in cost.rows if re.search(pattern, r.layer)) - taken
         taken |= layers
-        for resource, asked in settings.get('budget', {}).items():
-            _check_budget(f'blocks[{pattern!r}].budget', graph, resource, asked)
+        for resource, most in settings.get('budget', {}).items():
+            field = f'blocks[{pattern!r}].budget'
+            _check_budget(field, graph, resource, most)
             if not layers:
-                why = f'no layer belongs to it; the layers are {", ".join(r.layer for r in rows)}'
-                raise errors.ConfigError(f'blocks[{pattern!r}].budget', settings['budget'], why=why)
-            full = sum(getattr(row, resource) for row in rows if row.layer in layers)
-            absolute = full if asked is None else _absolute(resource, asked, full)
-            if absolute < full:
-                result.append(BlockBudget(pattern, resource, layers, absolute))
-    return result
+                why = f'no layer belongs to it; there are {", ".join(r.layer for r in cost.rows)}'
+                raise errors.ConfigError(field, settings['budget'], why=why)
+            full = sum(getattr(row, resource) for row in cost.rows if row.layer in layers)
+            result.append(_budget(resource, most, full, pattern, layers))
+    for resource, most in asked.items():
+        _check_budget('budget', graph, resource, most)
+        if resource in graph.resources:
+            result.append(_budget(resource, most, getattr(cost, resource)))
+    return [budget for budget in result if budget.most < budget.full]
+
+
+def _budget(resource: str, most: float | None, full: float, *block: Any) -> Budget:
+    unit, _ = UNITS.get(resource, (1, ''))
+    most = full if most is None else most * (full if most <= 1 else unit)
+    return Budget(resource, most, full, *block)
 
 
 def _check_budget(field: str, graph: Graph, resource: str, asked: Any) -> None:
@@ -213,11 +224,6 @@ def _check_number(field: str, asked: Any) -> None:
         )
 
 
-def _absolute(resource: str, asked: float, full: float) -> float:
-    unit, _ = UNITS.get(resource, (1, ''))
-    return asked * (full if asked <= 1 else unit)
-
-
 def measured(graph: Graph, budget: float | None) -> Graph:
     """The graph, measured on the present device if the budget in latency asks for it."""
     if budget is None:
@@ -232,38 +238,24 @@ def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
 
 
 def check_reachable(
-    graph: Graph, limits: Mapping[str, Limits], budget: Mapping[str, float], keep: Keep
+    graph: Graph, limits: Mapping[str, Limits], wanted: Sequence[Budget], keep: Keep
 ) -> None:
-    """Raises BudgetError if even `keep`, the smallest allowed, costs more than the budget."""
-    full, cost = graph.cost(), graph.cost(keep)
-    for resource, asked in budget.items():
-        reachable = getattr(cost, resource)
-        if reachable > asked:
+    """Raises BudgetError if even `keep`, the smallest allowed, costs more than a budget."""
+    cost = graph.cost(keep)
+    for budget in wanted:
+        share = budget.share(cost)
+        if share * budget.full > budget.most:
             blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
             stuck = sorted(g.name for g in graph.groups if g.frozen)
             way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
-            unit, word = UNITS.get(resource, (1, ''))
-            asked_for, rest = (
-                f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}' for x in (asked, reachable)
+            unit, word = UNITS.get(budget.resource, (1, ''))
+            most, rest = (
+                f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}'
+                for x in (budget.most, share * budget.full)
             )
+            whole = f'block {budget.block!r}' if budget.block else 'full network'
             raise errors.BudgetError(
-                f'{resource} of {asked_for} ({asked / getattr(full, resource):.3f} of the full '
-                f'network) cannot be reached: with every limit used up {rest} '
-                f'({reachable / getattr(full, resource):.3f}) remain; in the way: {way}'
-            )
-
-
-def check_blocks(graph: Graph, within: Sequence[BlockBudget], keep: Keep) -> None:
-    """Raises BudgetError if even `keep`, the smallest allowed, costs a block more than its own."""
-    full, rows = graph.cost().rows, graph.cost(keep).rows
-    for own in within:
-        before, after = (
-            sum(getattr(row, own.resource) for row in table if row.layer in own.layers)
-            for table in (full, rows)
-        )
-        if after > own.budget:
-            raise errors.BudgetError(
-                f'{own.resource} of {own.budget:,.0f} ({own.budget / before:.3f} of what it costs '
-                f'in full) cannot be reached for the block {own.block!r}: with every limit used up '
-                f'{after:,} ({after / before:.3f}) remain; lower its min_keep or raise its budget'
+                f'{budget.resource} of {most} ({budget.most / budget.full:.3f} of the {whole}) '
+                f'cannot be reached: with every limit used up {rest} ({share:.3f}) remain; '
+                f'in the way: {way}'
             )

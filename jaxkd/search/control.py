@@ -3,12 +3,13 @@
 A gate that nothing pulls back closes when the thresholds it has met add up to its effort (see
 `gates.effort`). So the λ that brings the cost to its scheduled value within a horizon can be
 computed: it is a quantile of effort per price. What the loss pulls back is the error of this
-prediction; a multiplicative integral term corrects it.
+prediction; a multiplicative integral term corrects it. Every budget has a λ of its own, those of
+blocks first: what they close counts for the network's as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ class State(NamedTuple):
     """What the controller knows and says. All are arrays, so that a checkpoint can hold them.
 
     Attributes:
-      correction: float64 [], the integral term.
-      penalty: float64 [], λ: what the loss is charged for the cost of the full network.
+      correction: float64 [budgets], the integral terms.
+      penalty: float64 [budgets], λ: what the loss is charged for all that a budget is about.
       closed: bool [units] by group name: gates that have closed, and stay closed.
       strength: float32 [units] by group name: what `penalty.proximal` wants.
     """
@@ -41,11 +42,11 @@ class State(NamedTuple):
     strength: dict[str, np.ndarray]
 
 
-def initial(efforts: Mapping[str, np.ndarray]) -> State:
+def initial(efforts: Mapping[str, np.ndarray], budgets: int = 1) -> State:
     """All gates open, nothing pressed."""
     return State(
-        correction=np.array(1.0),
-        penalty=np.array(0.0),
+        correction=np.ones(budgets),
+        penalty=np.zeros(budgets),
         closed={name: np.zeros(len(e), bool) for name, e in efforts.items()},
         strength={name: np.zeros(len(e), np.float32) for name, e in efforts.items()},
     )
@@ -70,7 +71,7 @@ def decide(
     state: State,
     efforts: Mapping[str, np.ndarray],
     limits: Mapping[str, blocking.Limits],
-    budget: Mapping[str, float],
+    budgets: Sequence[blocking.Budget],
     *,
     progress: float,
     horizon: float,
@@ -84,7 +85,7 @@ def decide(
       state: from the round before, or `initial`.
       efforts: float [units] by group name, of the present parameters; exactly 0 is closed.
       limits: from `blocks.resolve`.
-      budget: absolute, by resource, from `blocks.budgets`.
+      budgets: from `blocks.budgets`.
       progress: how far along its way down the schedule is, in [0, 1] and beyond.
       horizon, period: how far ahead λ is chosen for, and the time between two rounds; both in
         units of progress.
@@ -93,38 +94,33 @@ def decide(
     Returns:
       The next state.
     """
-    full = graph.cost()
     protected = {name: _best(effort, limits[name].least) for name, effort in efforts.items()}
     closed = {name: (e == 0) & ~protected[name] for name, e in efforts.items()}
     state = state._replace(closed=closed)
     keep = alive(graph, state)
     cost = graph.cost(keep)
-    share = {r: getattr(cost, r) / getattr(full, r) for r in budget}
-    goal = {r: b * (1 + MARGIN) / getattr(full, r) for r, b in budget.items()}
-    target = {r: schedule(progress, g) for r, g in goal.items()}
-    ahead = {r: schedule(progress + horizon, g) for r, g in goal.items()}
-
-    # Several budgets: each price counts by how far its resource still has to go.
-    way = {r: max(np.log(share[r] / goal[r]), 0.0) for r in budget}
-    weight = {r: w / max(sum(way.values()), 1e-30) for r, w in way.items()}
-    price = {name: np.zeros(len(e)) for name, e in efforts.items()}
-    for resource, w in weight.items():
-        for name, p in graph.price(keep, resource).items():
-            if name in price:
-                price[name] += w * p / getattr(full, resource) * limits[name].strength
-    for name, p in price.items():
-        p[protected[name]] = 0.0
-
-    error = max((share[r] / target[r] - 1 for r in budget), default=0.0)
-    growth = np.clip(error / EXCESS, -1, 1) * period / horizon
-    correction = float(np.clip(state.correction * GROWTH**growth, *BOUNDS))
-
-    penalty = correction * _needed(graph, keep, efforts, price, ahead) / max(rate, 1e-30)
+    corrections, penalties = state.correction.copy(), np.zeros(len(budgets))
+    strength = {name: np.zeros(len(e)) for name, e in efforts.items()}
+    for i, budget in enumerate(budgets):
+        goal = budget.most * (1 + MARGIN) / budget.full
+        error = budget.share(cost) / schedule(progress, goal) - 1
+        growth = np.clip(error / EXCESS, -1, 1) * period / horizon
+        corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)
+        price = graph.price(keep, budget.resource, budget.layers)
+        price = {
+            name: np.where(protected[name], 0.0, price[name] * limits[name].strength / budget.full)
+            for name in efforts
+        }
+        pressed = {name: s * rate for name, s in strength.items()}
+        ahead = schedule(progress + horizon, goal)
+        needed = _needed(graph, keep, efforts, pressed, price, budget, ahead)
+        penalties[i] = corrections[i] * needed / max(rate, 1e-30)
+        for name, p in price.items():
+            strength[name] += penalties[i] * p
     strength = {
-        name: np.where(closed[name], np.inf, penalty * price[name]).astype(np.float32)
-        for name in efforts
+        name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
     }
-    return State(np.array(correction), np.array(penalty), closed, strength)
+    return State(corrections, penalties, closed, strength)
 
 
 def _best(effort: np.ndarray, number: int) -> np.ndarray:
@@ -138,15 +134,20 @@ def _needed(
     graph: Graph,
     keep: Mapping[str, np.ndarray],
     efforts: Mapping[str, np.ndarray],
+    pressed: Mapping[str, np.ndarray],
     price: Mapping[str, np.ndarray],
-    goal: Mapping[str, float],
+    budget: blocking.Budget,
+    goal: float,
 ) -> float:
-    """The least threshold per price that closes enough gates to bring every cost to its goal."""
-    full = graph.cost()
+    """The least threshold per price that closes enough gates to bring a budget's share to `goal`.
+
+    It comes on top of the thresholds that are `pressed` already.
+    """
+    left = {name: np.maximum(efforts[name] - pressed[name], 0.0) for name in efforts}
     ratios = np.sort(
         np.concatenate(
             [
-                (efforts[name] / np.where(p > 0, p, 1.0))[keep[name] & (p > 0)]
+                (left[name] / np.where(p > 0, p, 1.0))[keep[name] & (p > 0)]
                 for name, p in price.items()
             ]
             or [np.zeros(0)]
@@ -155,15 +156,24 @@ def _needed(
 
     def met(number: int) -> bool:
         """Whether closing the gates with the `number` smallest ratios is enough."""
-        edge = ratios[number - 1] if number else -1.0
+        edge = ratios[number - 1] if number else 0.0
         rest = keep | {
-            name: keep[name] & ~((p > 0) & (efforts[name] <= edge * p)) for name, p in price.items()
+            name: keep[name]
+            & ~(
+                ((p > 0) & (left[name] <= edge * p) & (number > 0))
+                | _gone(pressed[name], efforts[name])
+            )
+            for name, p in price.items()
         }
-        cost = graph.cost(rest)
-        return all(getattr(cost, r) <= g * getattr(full, r) for r, g in goal.items())
+        return budget.share(graph.cost(rest)) <= goal
 
     low, high = 0, len(ratios)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if met(middle) else (middle + 1, high)
     return float(ratios[low - 1]) if low else 0.0
+
+
+def _gone(pressed: np.ndarray, effort: np.ndarray) -> np.ndarray:
+    """The gates that what is pressed already closes."""
+    return (pressed > 0) & (effort <= pressed)

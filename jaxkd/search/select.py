@@ -86,10 +86,9 @@ def select(
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
     limits = blocking.resolve(graph, blocks)
-    budget = blocking.budgets(
-        graph, flops=flops, params=params, activations=activations, latency=latency
+    budgets = blocking.budgets(
+        graph, blocks, flops=flops, params=params, activations=activations, latency=latency
     )
-    within = blocking.budgets_of_blocks(graph, blocks)
     best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
 
     def keep(counts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -98,10 +97,9 @@ def select(
             alive[best[name][number:]] = False
         return result
 
-    problem = _problem(graph, scores, best, limits, budget, within, round_to)
+    problem = _problem(graph, scores, best, limits, budgets, round_to)
     least = [counts[0] for counts in problem.counts]
-    blocking.check_reachable(graph, limits, budget, keep(least))
-    blocking.check_blocks(graph, within, keep(least))
+    blocking.check_reachable(graph, limits, budgets, keep(least))
     levels = solve(problem)
     return keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
 
@@ -120,8 +118,7 @@ def _problem(
     scores: Mapping[str, np.ndarray],
     best: Mapping[str, np.ndarray],
     limits: Mapping[str, blocking.Limits],
-    budget: Mapping[str, float],
-    within: Sequence[blocking.BlockBudget],
+    budgets: Sequence[blocking.Budget],
     round_to: int,
 ) -> Problem:
     counts, gains = [], []
@@ -150,21 +147,20 @@ def _problem(
     rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
     axes = len(polynomial.forms)
     weights = sparse.csr_array((values, (rows, columns)), shape=(axes, len(counts)), dtype=float)
-    budgets = [(resource, None, asked) for resource, asked in budget.items()]
-    budgets += [(own.resource, own.layers, own.budget) for own in within]
-    terms = [term for term in polynomial.terms if any(term.resource == r for r, _, _ in budgets)]
+    terms = [term for term in polynomial.terms if any(term.resource == b.resource for b in budgets)]
     factors = np.full((len(terms), max((len(t.forms) for t in terms), default=0)), axes)
     for row, term in enumerate(terms):
         factors[row, : len(term.forms)] = term.forms
     shares = np.array(
         [
             [
-                term.coefficient / asked
-                if term.resource == resource and (layers is None or term.layer in layers)
+                term.coefficient / budget.most
+                if term.resource == budget.resource
+                and (budget.layers is None or term.layer in budget.layers)
                 else 0.0
                 for term in terms
             ]
-            for resource, layers, asked in budgets
+            for budget in budgets
         ]
     ).reshape(len(budgets), len(terms))
     constant = np.array([float(form.constant) for form in polynomial.forms])

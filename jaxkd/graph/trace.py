@@ -16,6 +16,7 @@ import warnings
 
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import Scope
 import jax
 import numpy as np
 
@@ -293,6 +294,8 @@ def applied(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any,
         if getattr(context.module, 'conv_general_dilated', None) is cpu.conv_general_dilated:
             # Inside `cpu.fast_convolutions`: a sum of shifted products has no cost to be seen.
             object.__setattr__(context.module, 'conv_general_dilated', None)
+        if context.module.scope is not None:
+            _trust_initializers(context.module.scope)
         return call(*args, **kwargs)
 
     def apply(variables, inputs):
@@ -301,6 +304,27 @@ def applied(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any,
         return out if apply_kwargs.get('mutable', False) else (out, {})
 
     return apply
+
+
+def _trust_initializers(scope: Scope) -> None:
+    """Lets a scope take a parameter that has the shape that its initializer is asked for.
+
+    Flax traces the initializer of every parameter, to see whether it makes that shape: half of the
+    time that tracing a network takes.
+    """
+    check = scope.param
+
+    def param(name, init_fn, *args, unbox=True, **kwargs):
+        if args and isinstance(args[0], tuple | list) and scope.has_variable('params', name):
+            boxed = scope.get_variable('params', name)
+            value = nn.meta.unbox(boxed)
+            if tuple(args[0]) == getattr(value, 'shape', None):
+                scope.reserve(name, 'params')
+                return value if unbox else boxed
+        return check(name, init_fn, *args, unbox=unbox, **kwargs)
+
+    if 'param' not in vars(scope):  # not yet
+        scope.param = param
 
 
 def plain(tree: Any) -> Any:

@@ -27,13 +27,11 @@ from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, gates, penalty
+from jaxkd.search import control, learn, penalty
 from jaxkd.search import select as selecting
 
 # The stages that train, and what one of their steps costs beside the teacher's, for the ETA.
 STAGES = {'teacher': 1.0, 'search': 1.3, 'distil': 0.9}
-# Rounds of control on the way down to the budget, and how many of them λ looks ahead.
-ROUNDS, LOOKAHEAD = 200, 40
 # How often inference is timed, the networks taking turns.
 TIMINGS = 20
 
@@ -138,7 +136,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = blocking.measured(graph, config.budget.get('latency'))
     budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
     # A budget that no choice of gates can meet is refused now.
-    select(config, graph, {name: np.ones(graph.sizes[name]) for name in gates.find(graph)})
+    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.find_gates(graph)})
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -180,32 +178,23 @@ def search_structure(
       The student's variables, and the score of every unit: how far its gate is from closing.
     """
     config = setup.config.search
-    graph = plan.graph
-    found = gates.find(graph)
-    effort = jax.jit(lambda params: gates.effort(found, params, config.coupling))
     steps, schedule = loop.schedule(setup, 'search')
-    rates = np.asarray(schedule(np.arange(2 * steps)))
-    down = max(1, round(config.ramp * steps))
-    period = max(1, down // ROUNDS)
-    horizon = LOOKAHEAD * period
+    course = learn.course(
+        plan.graph,
+        steps=steps,
+        learning_rate=schedule,
+        ramp=config.ramp,
+        coupling=config.coupling,
+        blocks=blocking.pairs(setup.config.blocks),
+        **setup.config.budget,
+    )
 
     def steer(step: int, state: train.TrainState, memory: control.State):
-        if step % period == 0:
-            memory = control.decide(
-                graph,
-                memory,
-                jax.device_get(effort(state.params)),
-                plan.limits,
-                plan.budgets,
-                progress=step / down,
-                horizon=horizon / down,
-                period=period / down,
-                rate=float(rates[step : step + horizon].sum()),
-            )
+        memory = learn.press(course, step, state.params, memory)
         return memory, {'strength': memory.strength}
 
     def facts(memory: control.State) -> dict[str, float]:
-        cost = graph.cost(control.alive(graph, memory))
+        cost = plan.graph.cost(control.alive(plan.graph, memory))
         return _alive(cost._asdict()) | {'lambda': float(memory.penalty.sum())}
 
     state, _ = loop.fit(
@@ -214,13 +203,13 @@ def search_structure(
         plan.model,
         teacher,
         _soft_loss(config),
-        penalty.proximal(found, schedule, config.coupling),
+        penalty.proximal(course.gates, schedule, config.coupling),
         facts=facts,
         teacher=(plan.model, teacher),
-        memory=control.initial(jax.device_get(effort(teacher['params'])), len(plan.budgets)),
+        memory=learn.first(course, teacher['params']),
         steer=steer,
     )
-    return train.variables(state), jax.device_get(effort(state.params))
+    return train.variables(state), learn.efforts(course, state.params)
 
 
 def select(

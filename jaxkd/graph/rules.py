@@ -18,6 +18,8 @@ import numpy as np
 from jaxkd.graph import names
 from jaxkd.graph.names import Axis, Frozen, Part
 
+REDUCED = 'one value is made of all its channels'  # the reason where a mean or the like is taken
+
 
 class Array(tuple[Axis, ...]):
     """The axes of an array.
@@ -311,7 +313,7 @@ def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Arra
 def _reduce(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     axes = eqn.params['axes'] if 'axes' in eqn.params else eqn.params['dimensions']
     operands = operands[: len(eqn.outvars)]  # a general reduction has initial values besides
-    why = context.why(eqn, 'one value is made of all its channels')
+    why = context.why(eqn, REDUCED)
     for operand in operands:
         for i in axes:
             context.ties.reduce(operand[i], why)

@@ -575,8 +575,13 @@ def _warn_if_frozen(graph: Graph) -> None:
         reasons = '\n'.join(
             f'  {f.group}: {f.reason} ({f.primitive}, {f.source})' for f in graph.frozen
         )
+        hint = ''
+        if any(f.reason == rules.REDUCED for f in graph.frozen):
+            hint = (
+                "\nThose of which one value is made can go under inexact='allow'; the rest changes."
+            )
         warnings.warn(
             f'{whole:,} of the {sum(sizes.values()):,} parameters of {type(graph.model).__name__} '
-            f'are in layers from which no channel can be removed:\n{reasons}',
+            f'are in layers from which no channel can be removed:\n{reasons}{hint}',
             stacklevel=3,
         )

@@ -5,7 +5,8 @@
 prints a table and writes benchmarks/results/train_step.json. The same network, batch, optimizer
 (SGD, momentum 0.9) and number format (float32) three times; BatchNorm in training mode in the
 step and in inference mode in the other. PyTorch runs in channels_last. One call of each at a time,
-in turns, so that whatever else the machine does falls on all of them; medians. Each framework may
+in turns, so that whatever else the machine does falls on all of them; medians. Both processes keep
+the memory that they have freed, as jaxkd.main does (`jaxkd.cpu.hold_memory`). Each framework may
 use all cores that its process may: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`.
 PyTorch runs in a process of its own, idle (waiting for a line) while JAX is measured; without it
 the rest is printed.
@@ -41,6 +42,12 @@ CASES = {
 NUM_CLASSES = 10
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+# What `jaxkd.cpu.hold_memory` does, for a process without jaxkd.
+HELD = {
+    'MALLOC_ARENA_MAX': '1',
+    'MALLOC_MMAP_MAX_': '0',
+    'MALLOC_TRIM_THRESHOLD_': str(2**31 - 1),
+}
 Measure = Callable[[], float]  # one call's milliseconds
 
 
@@ -95,6 +102,7 @@ def measure_case(
     """Builds every contender, then measures them in turns."""
     from jaxkd import cpu
 
+    cpu.hold_memory()
     contenders = {}  # name: ({'train': Measure, 'inference': Measure}, facts)
     if arguments.plain_repeats:
         contenders['plain Flax'] = prepare_jax(case, arguments, contextlib.nullcontext)
@@ -244,7 +252,7 @@ def torch_process(
     command = [python, os.path.abspath(__file__), '--torch-worker', case]
     command += ['--batch', str(arguments.batch), '--clock', arguments.clock]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | HELD
     ) as process:
         facts = json.loads(process.stdout.readline())
 

@@ -8,7 +8,7 @@ what does not come out the same is traced back to the groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 from typing import Any
@@ -18,10 +18,13 @@ import numpy as np
 
 from jaxkd.graph import cut, rules, structure
 from jaxkd.graph.names import Frozen
-from jaxkd.graph.trace import Graph, Keep, applied
+from jaxkd.graph.trace import ChannelGroup, Graph, Keep, applied
 
 # Of each group, a share between these two is removed: sizes should not come to match by chance.
 SHARES = (0.25, 0.6)
+DECIDES = 'the model decides by its width what it computes'
+COMPUTES = 'the model computes with its width'
+TOGETHER = Frozen('the model fails without some of it and of others', 'several', 'several lines')
 
 
 def settle(graph: Graph) -> Graph:
@@ -32,24 +35,37 @@ def settle(graph: Graph) -> Graph:
         if not keep or _problem(graph, keep) is None:
             return graph
 
-        def differs(names: Sequence[str], graph: Graph = graph, keep: Keep = keep) -> bool:
-            return _problem(graph, {name: keep[name] for name in names}) is not None
-
-        reasons = {}
-        for name in cut.at_fault(list(keep), differs):
-            why = _problem(graph, {name: keep[name]})
-            reasons[name] = why or Frozen('the model fails without some of it and others', '', '')
+        # Whether the programs differ is told without running them, so that comes first.
+        suspects = _blame(graph, keep, _suspicion)
+        reasons = {n: why for n in suspects if (why := _problem(graph, {n: keep[n]}))}
+        reasons = reasons or _blame(graph, keep, _problem)
         graph = dataclasses.replace(
             graph,
             groups=tuple(
-                dataclasses.replace(
-                    g, frozen=reasons[g.name].reason, source=reasons[g.name].source, inexact=None
-                )
-                if g.name in reasons
-                else g
-                for g in graph.groups
+                _frozen(group, reasons[group.name]) if group.name in reasons else group
+                for group in graph.groups
             ),
         )
+
+
+def _blame(
+    graph: Graph, keep: Keep, test: Callable[[Graph, Keep], Frozen | None]
+) -> dict[str, Frozen]:
+    """Which groups have the problem that `test` finds by themselves, and what it is."""
+
+    def problem(names: Sequence[str]) -> Frozen | None:
+        return test(graph, {name: keep[name] for name in names})
+
+    if problem(list(keep)) is None:
+        return {}
+    found = cut.at_fault(list(keep), lambda names: problem(names) is not None)
+    return {name: problem([name]) or TOGETHER for name in found}
+
+
+def _frozen(group: ChannelGroup, why: Frozen) -> ChannelGroup:
+    return dataclasses.replace(
+        group, frozen=why.reason, primitive=why.primitive, source=why.source, inexact=None
+    )
 
 
 def _some(random: np.random.Generator, size: int) -> np.ndarray:
@@ -60,21 +76,31 @@ def _some(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _problem(graph: Graph, keep: Keep) -> Frozen | None:
-    """Why the model's code cannot run, or runs differently, with this keep."""
+    """Why the model's code cannot run with this keep, or computes something else."""
+    suspect = _suspicion(graph, keep)
+    # Another program may compute the same, as a layer does that makes up for its own width.
+    if suspect and suspect.reason in (DECIDES, COMPUTES) and cut.agrees(graph, _exact(graph, keep)):
+        return None
+    return suspect
+
+
+def _suspicion(graph: Graph, keep: Keep) -> Frozen | None:
+    """Why the model's code cannot run with this keep, or what differs in its program."""
+    exact = _exact(graph, keep)
     try:
         program = _program(graph, keep)
+        if len(exact) < len(keep):
+            program = _program(graph, exact)
     except Exception as error:  # whatever the model's code may raise
         layer, line = cut.where(error)
         reason = f'layer {layer} fixes a size in its own code instead of taking it from its input'
-        return Frozen(reason, '', line)
-    exact = {name: alive for name, alive in keep.items() if not graph.by_name[name].inexact}
-    if len(exact) < len(keep):
-        program = _program(graph, exact)
-    suspect = next(_differences(graph.program.jaxpr, program.jaxpr), None)
-    # Another program may compute the same, as a layer does that makes up for its own width.
-    if suspect and not cut.agrees(graph, exact):
-        return suspect
-    return None
+        return Frozen(reason, type(error).__name__, line)
+    return next(_differences(graph.program.jaxpr, program.jaxpr), None)
+
+
+def _exact(graph: Graph, keep: Keep) -> Keep:
+    """The keep without the groups whose removal changes the others anyway."""
+    return {name: alive for name, alive in keep.items() if not graph.by_name[name].inexact}
 
 
 def _program(graph: Graph, keep: Keep) -> Any:
@@ -91,13 +117,14 @@ def _differences(full: Any, small: Any) -> Iterator[Frozen]:
     for a, b in itertools.zip_longest(left, right):
         if a is None or b is None or a.primitive is not b.primitive:
             line = rules.source(a or b) or 'an unknown line'
-            yield Frozen('the model decides by its width what it computes', '', line)
+            name = (a or b).primitive.name
+            yield Frozen(DECIDES, name, line)
             return
         for x, y in zip(a.invars, b.invars, strict=True):
             values = [v.val for v in (x, y) if isinstance(v, jax.extend.core.Literal)]
             if len(values) == 2 and not np.array_equal(*values, equal_nan=False):
                 line = rules.source(a) or 'an unknown line'
-                yield Frozen('the model computes with its width', a.primitive.name, line)
+                yield Frozen(COMPUTES, a.primitive.name, line)
         inner = [jax.extend.core.jaxprs_in_params(eqn.params) for eqn in (a, b)]
         for pair in zip(*inner, strict=False):
             yield from _differences(*pair)

@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Calls whose program is entered. What has several programs, or one of many rounds, runs as it is.
-_CALLS = ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
-_ENTERED = {
-    *('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint'),
-    *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr'),
-}
+from jaxkd.graph import rules
+
 # They look at the bits of numbers of one size.
 _BITWISE = {'bitcast_convert_type', 'nextafter'}
 
@@ -50,11 +46,9 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> lis
 
 def _bind(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
     name = eqn.primitive.name
-    if name in _ENTERED:
-        inner = next(eqn.params[key] for key in _CALLS if key in eqn.params)
-        if isinstance(inner, jax.extend.core.ClosedJaxpr):
-            return _evaluate(inner.jaxpr, inner.consts, operands)
-        return _evaluate(inner, (), operands)
+    inner = rules.called(eqn)
+    if inner:  # what has several programs, or one of many rounds, runs as it is
+        return _evaluate(*inner, operands)
     if name == 'reduce_precision':
         return operands
     params = dict(eqn.params)

@@ -703,11 +703,18 @@ def _tie_groups(
 
 def _call(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     """Enters the program that a primitive calls once."""
+    return context.walk(*called(eqn), operands)
+
+
+def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The program that `eqn` does nothing but call, once, and its constants; None for others."""
+    if RULES.get(eqn.primitive.name) is not _call:
+        return None
     key = next(k for k in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if k in eqn.params)
     inner = eqn.params[key]
     if isinstance(inner, jax.extend.core.ClosedJaxpr):
-        return context.walk(inner.jaxpr, inner.consts, operands)
-    return context.walk(inner, (), operands)
+        return inner.jaxpr, inner.consts
+    return inner, ()
 
 
 def _loop(

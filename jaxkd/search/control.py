@@ -156,13 +156,10 @@ def _needed(
 
     def met(number: int) -> bool:
         """Whether closing the gates with the `number` smallest ratios is enough."""
-        edge = ratios[number - 1] if number else 0.0
+        edge = ratios[number - 1] if number else -1.0
         rest = keep | {
             name: keep[name]
-            & ~(
-                ((p > 0) & (left[name] <= edge * p) & (number > 0))
-                | _gone(pressed[name], efforts[name])
-            )
+            & ~(((p > 0) & (left[name] <= edge * p)) | _gone(pressed[name], efforts[name]))
             for name, p in price.items()
         }
         return budget.share(graph.cost(rest)) <= goal

@@ -144,6 +144,7 @@ class Search:
 
     Attributes:
       transformation: the penalty as an optax transformation, to be chained last.
+      budgets: those that set a limit.
       memory: what the controller knows, a pytree of arrays: all that a checkpoint has to hold.
 
     Raises:
@@ -174,6 +175,7 @@ class Search:
             blocks=blocks,
             **budget,
         )
+        self.budgets = self._course.budgets
         self._select = functools.partial(
             selecting.select, graph, blocks=blocks, round_to=round_to, **budget
         )
@@ -270,8 +272,7 @@ def learn_structure(
         round_to=round_to,
         **budget,
     )
-    limits = blocking.budgets(graph, blocks, **budget)
-    if not limits:
+    if not search.budgets:
         why = 'give flops=, params=, activations= or latency= below the full network'
         raise errors.ConfigError('budget', budget, why=why)
     tx = optax.chain(
@@ -301,7 +302,7 @@ def learn_structure(
         extra = search.before(step, weights)
         weights, rest, opt_state, value = train_step(weights, rest, opt_state, batch, extra)
         losses.append(value)
-        alive.append(limits[0].share(graph.cost(search.alive())))
+        alive.append(search.budgets[0].share(graph.cost(search.alive())))
         looked_at = losses[-100:] if step % 100 == 99 or step == steps - 1 else []
         if not np.isfinite(np.asarray(looked_at)).all():
             raise errors.TrainingError(

@@ -7,6 +7,7 @@ names that must be kept or removed together; the connected components are what c
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -172,8 +173,9 @@ class Ties:
         """The connected components, after every product has been settled.
 
         A table loses whole rows or whole columns. Where all but one of its dimensions cannot lose
-        anything, its positions go with that one. Where several could, the last one does: code that
-        divides channels fixes the number of pieces and computes their size.
+        anything, its positions go with that one. Where several could, the one does of which the
+        fewest values are made, and of such the last: code that divides channels fixes the number of
+        pieces and computes their size.
         """
         waiting = list(self._products)
         while True:
@@ -183,8 +185,8 @@ class Ties:
             left = [product for product in waiting if not self._settle(product, found)]
             if len(left) == len(waiting):
                 movable = self._movable(left[0], found)
-                exact = [f for f in movable if not found.inexact.keys() & set(found.of[f])]
-                chosen = (exact or movable)[-1]
+                changes = functools.partial(self._changes, found, left[0].names.reshape(-1))
+                chosen = min(reversed(movable), key=changes)
                 self._frozen.extend((f, left[0].why) for f in movable if f is not chosen)
             waiting = left
 
@@ -215,6 +217,11 @@ class Ties:
         """The dimensions of a table of which some position can be removed."""
         factors = (factor for factor in product.factors if factor is not None)
         return [factor for factor in factors if not found.stays[found.of[factor]].all()]
+
+    def _changes(self, found: Components, table: np.ndarray, factor: np.ndarray) -> int:
+        """How often one value is made of what would go with a dimension of a table."""
+        gone = found.of[np.concatenate([table, factor])]
+        return sum(np.isin(found.of[names], gone).any() for names, _ in self._reduced)
 
     def _settle(self, product: Product, found: Components) -> bool:
         """Writes a product as ties, if it is clear which; whether it was."""

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from flax import linen as nn
+import jax
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -102,7 +103,8 @@ def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str
     """For layers of other people: the fields that hold the old size of an axis of a parameter.
 
     The last axes are asked first, because the others come from the layer's input as a rule. What
-    is not clear is left alone. `verify` says whether it was right.
+    is not clear is left alone; parameters get their shapes from `_ask_for`. `verify` says whether
+    it was right.
     """
     sizes: dict[int, int] = {}
     for axes in (slice(-1, None), slice(None, -1)):
@@ -117,16 +119,17 @@ def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str
             return type(value)(map(changed, value))
         return sizes.get(int(value), value) if _is_size(value) else value
 
+    return {name: changed(value) for name, value in _sizes(module).items()}
+
+
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    """The fields of a module that may hold sizes."""
     values = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
         if field.init and field.name not in ('parent', 'name')
     }
-    return {
-        name: changed(value)
-        for name, value in values.items()
-        if _is_size(value) or type(value) in (tuple, list)
-    }
+    return {n: v for n, v in values.items() if _is_size(v) or type(v) in (tuple, list)}
 
 
 def _is_size(value: Any) -> bool:
@@ -171,7 +174,10 @@ class CompactModule(nn.Module):
             x = None
             if context.method_name == '__call__':
                 x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
-            with _fields(module, _new_fields(self, module, module.path[root:], x)):
+            path = module.path[root:]
+            if _rule(module) is _by_size:
+                _ask_for(module, *(w.get('/'.join(path), {}) for w in (self.widths, self.full_widths)))
+            with _fields(module, _new_fields(self, module, path, x)):
                 return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
@@ -181,11 +187,15 @@ class CompactModule(nn.Module):
             return getattr(method, '__func__', method)(self._bound, *args, **kwargs)
 
 
+def _rule(module: nn.Module) -> Callable[[Any, Shapes, Shapes, Any], dict[str, Any]]:
+    return next((RESIZED[c] for c in type(module).__mro__ if c in RESIZED), _by_size)
+
+
 def _new_fields(
     compact: CompactModule, module: nn.Module, path: tuple[str, ...], x: Any
 ) -> dict[str, Any]:
     """The fields of a layer that have to change while it is called with `x`."""
-    rule = next((RESIZED[c] for c in type(module).__mro__ if c in RESIZED), _by_size)
+    rule = _rule(module)
     now, before = (
         _below(table, '/'.join(path), ('query', 'out') if rule is _attention else ())
         for table in (compact.widths, compact.full_widths)
@@ -201,6 +211,26 @@ def _new_fields(
         # of tracing a compact network, if random numbers were drawn.
         fields['kernel_init'] = nn.initializers.zeros_init()
     return fields
+
+
+def _ask_for(module: nn.Module, now: Shapes, before: Shapes) -> None:
+    """Makes a layer that has its sizes in fields ask initializers for the shapes that it has now.
+
+    One number may stand for several axes that have become different, such as a square kernel's
+    inputs and outputs, so that new fields do not do. A layer whose code fixes a size has none.
+    """
+    known = set(filter(_is_size, jax.tree.leaves(list(_sizes(module).values()))))
+    changed = {old for name in now for old, new in zip(before[name], now[name]) if old != new}
+    if not known & changed:
+        return
+    ask = module.scope.param
+
+    def param(name, init_fn, *args, **kwargs):
+        if name in now and args and isinstance(args[0], tuple | list):
+            args = (now[name], *args[1:])
+        return ask(name, init_fn, *args, **kwargs)
+
+    module.scope.param = param
 
 
 def _below(widths: Mapping[str, Shapes], layer: str, children: tuple[str, ...]) -> Shapes:

@@ -138,6 +138,24 @@ class OwnConv(nn.Module):
         return jax.lax.conv(x, kernel, (1, 1), 'SAME') + bias
 
 
+class SquareConv(nn.Module):
+    """One number in its fields for two axes."""
+
+    inputs: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (3, 3, self.inputs, self.outputs)
+        kernel = self.param('kernel', nn.initializers.normal(), shape)
+        numbers = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+def square(x):
+    return SquareConv(6, 6, name='next')(nn.relu(SquareConv(8, 6, name='stem')(conv(8, name='first')(x))))
+
+
 def channels_first(x):
     x = OwnConv(6, name='stem')(x.transpose(0, 3, 1, 2))
     x = OwnConv(5, name='next')(nn.relu(x))
@@ -356,6 +374,7 @@ CUT = {
         {'Conv_0': 6, 'Conv_1': 5},
     ),
     'own': (own, {'stem': 6}),
+    'square': (square, {'first': 8, 'stem': 6, 'next': 6}),
     'beside constants': (beside_constants, {'stem': 6, 'other': 6, 'label': 6}),
     'norm of weights': (
         lambda x: nn.relu(nn.WeightNorm(conv(6, use_bias=True), name='stem')(x)),
@@ -383,6 +402,8 @@ def test_cut(name):
         _, small = assert_compact_is_masked(model, variables, keep, IMAGES)
         again = jaxkd.trace(small.module, small.variables, IMAGES)
         assert again.cost() == graph.cost(keep)
+        anew = jax.eval_shape(small.module.init, jax.random.key(0), IMAGES)
+        assert jax.tree.map(jnp.shape, anew) == jax.tree.map(jnp.shape, small.variables)
 
 
 def test_several_inputs_and_outputs():
@@ -421,14 +442,15 @@ def test_dropout_is_traced():
     assert graph.by_name['stem'].frozen is None and not graph.unknown
 
 
-def test_standardized_weights_keep_their_inputs():
-    class Standardized(nn.Conv):
-        def param(self, name, init, *args, **kwargs):
-            value = super().param(name, init, *args, **kwargs)
-            if name != 'kernel':
-                return value
-            return (value - value.mean((0, 1, 2))) / (value.std((0, 1, 2)) + 1e-5)
+class Standardized(nn.Conv):
+    def param(self, name, init, *args, **kwargs):
+        value = super().param(name, init, *args, **kwargs)
+        if name != 'kernel':
+            return value
+        return (value - value.mean((0, 1, 2))) / (value.std((0, 1, 2)) + 1e-5)
 
+
+def test_standardized_weights_keep_their_inputs():
     def body(x):
         x = Standardized(6, (3, 3), name='stem')(x)
         x = Standardized(5, (3, 3), name='next')(nn.relu(x))
@@ -474,6 +496,17 @@ def test_a_norm_of_groups_stays_exact_where_inexact_is_allowed():
     graph = jaxkd.trace(model, variables, IMAGES, inexact='allow')
     assert graph.by_name['stem'].size == 4 and not graph.by_name['stem'].inexact
     jaxkd.verify(graph, half(graph))
+
+
+def test_a_norm_of_groups_loses_whole_groups_where_nothing_is_exact():
+    def body(x):
+        x = nn.GroupNorm(4)(Standardized(8, (3, 3), name='stem')(x))
+        return nn.Dense(3)(Standardized(5, (3, 3), name='next')(nn.relu(x)).mean((1, 2)))
+
+    model = Net(body)
+    graph = jaxkd.trace(model, variables_of(model, IMAGES), IMAGES, inexact='allow')
+    group = graph.by_name['stem']
+    assert group.size == 4 and group.inexact and not group.frozen
 
 
 def test_most_of_it_frozen_is_warned_about():

@@ -111,20 +111,21 @@ def _program(graph: Graph, keep: Keep) -> Any:
     return jax.make_jaxpr(small)(shapes, graph.inputs)
 
 
-def _differences(full: Any, small: Any) -> Iterator[Frozen]:
-    """Where two programs differ by more than the shapes of their arrays."""
+def _differences(full: Any, small: Any, caller: str = 'an unknown line') -> Iterator[Frozen]:
+    """Where two programs differ by more than the shapes of their arrays.
+
+    What stands inside a jitted function of JAX has no line of the model; its `caller` has.
+    """
     left, right = rules.live(full), rules.live(small)
     for a, b in itertools.zip_longest(left, right):
+        line = rules.source(a or b) or caller
         if a is None or b is None or a.primitive is not b.primitive:
-            line = rules.source(a or b) or 'an unknown line'
-            name = (a or b).primitive.name
-            yield Frozen(DECIDES, name, line)
+            yield Frozen(DECIDES, (a or b).primitive.name, line)
             return
         for x, y in zip(a.invars, b.invars, strict=True):
             values = [v.val for v in (x, y) if isinstance(v, jax.extend.core.Literal)]
             if len(values) == 2 and not np.array_equal(*values, equal_nan=False):
-                line = rules.source(a) or 'an unknown line'
                 yield Frozen(COMPUTES, a.primitive.name, line)
         inner = [jax.extend.core.jaxprs_in_params(eqn.params) for eqn in (a, b)]
         for pair in zip(*inner, strict=False):
-            yield from _differences(*pair)
+            yield from _differences(*pair, line)

@@ -153,7 +153,8 @@ class SquareConv(nn.Module):
 
 
 def square(x):
-    return SquareConv(6, 6, name='next')(nn.relu(SquareConv(8, 6, name='stem')(conv(8, name='first')(x))))
+    x = nn.relu(SquareConv(8, 6, name='stem')(conv(8, name='first')(x)))
+    return SquareConv(6, 6, name='next')(x)
 
 
 def channels_first(x):

@@ -176,7 +176,8 @@ class CompactModule(nn.Module):
                 x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
             path = module.path[root:]
             if _rule(module) is _by_size:
-                _ask_for(module, *(w.get('/'.join(path), {}) for w in (self.widths, self.full_widths)))
+                layer = '/'.join(path)
+                _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
             with _fields(module, _new_fields(self, module, path, x)):
                 return call(*args, **kwargs)
 

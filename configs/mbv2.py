@@ -71,15 +71,28 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         stage
         | soft
         | {
+            # 'learn', 'morphnet' (without a teacher), or a criterion: 'l1', 'taylor', …
+            'method': 'learn',
+            'rounds': 1,  # in which a criterion cuts, evenly over the search
             'epochs': 12.0,
             'learning_rate': 0.02,
             'final_fraction': 0.2,
             'ramp': 0.8,  # share of the search in which the cost falls to the budget
             'coupling': 'max',
+            'shrink': 0.7,  # cut when less than this share of what is computed is alive; 0 never
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )
-    config.distil = stage | soft | {'epochs': 35.0, 'learning_rate': 0.03}
+    config.distil = (
+        stage
+        | soft
+        | {
+            'epochs': 35.0,
+            'learning_rate': 0.03,
+            'init': 'search',  # or 'scratch': new weights for the structure found
+            'recalibrate': 0,  # batches that correct the running statistics first
+        }
+    )
     if preset != 'digits':
         _PRESETS[preset](config)
     return config

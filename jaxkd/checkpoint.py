@@ -193,6 +193,11 @@ def from_tree(
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), restored)
 
 
+def part(leaves: Mapping[str, np.ndarray], key: str) -> dict[str, np.ndarray]:
+    """The leaves that `to_tree` named for the entry `key` of a dict, named as for it alone."""
+    return {n.removeprefix(f'{key}/'): x for n, x in leaves.items() if n.startswith(f'{key}/')}
+
+
 class Stage:
     """One stage of a run: its latest few states while it runs, its result once it is done.
 

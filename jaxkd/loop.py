@@ -14,6 +14,8 @@ import numpy as np
 import optax
 
 from jaxkd import checkpoint, errors, train, watch
+from jaxkd.graph import cut
+from jaxkd.graph.trace import Graph, Keep
 
 
 class Setup(NamedTuple):
@@ -40,6 +42,18 @@ class Setup(NamedTuple):
     display: watch.Display
 
 
+class Network(NamedTuple):
+    """What a stage trains.
+
+    Attributes:
+      model: the module.
+      after: gradient transformations after the optimizer's.
+    """
+
+    model: nn.Module
+    after: tuple[optax.GradientTransformation, ...] = ()
+
+
 def length(config: ml_collections.ConfigDict, size: int) -> int:
     """Steps of a stage on `size` training examples."""
     return max(1, round(config.epochs * train.steps_per_epoch(size, config.batch_size)))
@@ -57,28 +71,33 @@ def schedule(setup: Setup, name: str) -> tuple[int, optax.Schedule]:
 def fit(
     setup: Setup,
     name: str,
-    model: nn.Module,
+    network: Callable[[Keep | None], Network],
     variables: Any,
     loss: train.Loss,
-    *after: optax.GradientTransformation,
+    *,
     facts: Callable[[Any], Mapping[str, float]],
     teacher: tuple[nn.Module, Any] | None = None,
     memory: Any = None,
     steer: Callable[[int, train.TrainState, Any], tuple[Any, Mapping[str, Any]]] | None = None,
+    graph: Graph | None = None,
+    kept: Callable[[Any], Keep | None] = lambda memory: None,
 ) -> tuple[train.TrainState, Any]:
     """Trains for a stage's number of steps, from where its last checkpoint was left.
 
     Args:
       setup: what all stages share.
       name: of the stage.
-      model, variables: the network to train, and what it starts from.
+      network: what to train, with the units given; None for all.
+      variables: what it starts from.
       loss: see `train.Loss`.
-      *after: gradient transformations after the optimizer's.
       facts: what the log says besides, from the memory.
       teacher: module and variables of the teacher.
       memory: what `steer` remembers, a pytree that checkpoints hold.
       steer: called before each step as `(steps done, state, memory)`; returns the next memory and
         further arguments of the optimizer's update.
+      graph: of the network that the stage begins with, where it may be cut.
+      kept: from the memory, the units that the network has. Where these become others (which their
+        identity tells), the state is cut and the step compiled anew.
 
     Returns:
       The last state, and the last memory. If the stage was finished before, nothing is trained.
@@ -88,32 +107,16 @@ def fit(
     """
     config = setup.config[name]
     steps, rate = schedule(setup, name)
-    tx = train.optimizer(config, rate, *after)
-    state = train.replicate(train.create_state(variables, tx), setup.mesh)
     folder = setup.workdir / name
-    with checkpoint.Stage(folder, report=setup.display.message) as stage:
-        finished = stage.result()
-        if finished:
-            state, memory = checkpoint.from_tree((state, memory), finished[0], folder)
-            setup.display.finish(name)
-            return train.replicate(state, setup.mesh), memory
+    teacher_model, teacher_variables = teacher or (None, {})
 
-        start, elapsed = 0, 0.0
-        restored = stage.restore()
-        if restored:
-            start, tree, metadata = restored
-            state, memory = checkpoint.from_tree((state, memory), tree, folder)
-            state = train.replicate(state, setup.mesh)
-            elapsed = metadata['seconds']
-            setup.display.message(f'{name}: going on at step {start} of {steps}')
-        setup.log.rewind(name, start, later=setup.stages[setup.stages.index(name) + 1 :])
-        setup.display.start(name, start)
+    def optimizer(network: Network) -> optax.GradientTransformationExtraArgs:
+        return train.optimizer(config, rate, *network.after)
 
-        teacher_model, teacher_variables = teacher or (None, {})
-        teacher_variables = train.replicate(teacher_variables, setup.mesh)
+    def steps_of(network: Network) -> tuple[Callable[..., Any], Callable[..., Any]]:
         train_step = train.make_train_step(
-            model,
-            tx,
+            network.model,
+            optimizer(network),
             loss,
             setup.preprocessing,
             setup.mesh,
@@ -121,7 +124,42 @@ def fit(
             ema_decay=config.ema_decay,
             teacher=teacher_model,
         )
-        eval_step = train.make_eval_step(model, setup.preprocessing, setup.mesh)
+        return train_step, train.make_eval_step(network.model, setup.preprocessing, setup.mesh)
+
+    keep = kept(memory)
+    current = network(keep)
+    state = train.create_state(variables, optimizer(current))
+
+    def restored(tree: Mapping[str, Any]) -> tuple[train.TrainState, Any]:
+        parts = {part: checkpoint.part(tree, part) for part in ('state', 'memory')}
+        known = checkpoint.from_tree(memory, parts['memory'], folder)
+        template = _narrow(graph, state, kept(known), keep)
+        then = checkpoint.from_tree(template, parts['state'], folder)
+        return train.replicate(then, setup.mesh), known
+
+    with checkpoint.Stage(folder, report=setup.display.message) as stage:
+        finished = stage.result()
+        if finished:
+            state, memory = restored(finished[0])
+            setup.display.finish(name)
+            return state, memory
+
+        start, elapsed = 0, 0.0
+        saved_before = stage.restore()
+        if saved_before:
+            start, tree, metadata = saved_before
+            state, memory = restored(tree)
+            keep = kept(memory)
+            current = network(keep)
+            elapsed = metadata['seconds']
+            setup.display.message(f'{name}: going on at step {start} of {steps}')
+        else:
+            state = train.replicate(state, setup.mesh)
+        setup.log.rewind(name, start, later=setup.stages[setup.stages.index(name) + 1 :])
+        setup.display.start(name, start)
+
+        teacher_variables = train.replicate(teacher_variables, setup.mesh)
+        train_step, eval_step = steps_of(current)
         per_epoch = train.steps_per_epoch(setup.train.split.size, config.batch_size)
         batches = train.batches(
             setup.train,
@@ -137,6 +175,11 @@ def fit(
         for step, batch in enumerate(batches, start + 1):
             if steer:
                 memory, extra = steer(step - 1, state, memory)
+                if kept(memory) is not keep:
+                    state = _narrow(graph, state, kept(memory), keep)
+                    state = train.replicate(state, setup.mesh)
+                    keep = kept(memory)
+                    train_step, eval_step = steps_of(network(keep))
             state, metrics = train_step(state, batch, teacher_variables, extra)
             pending.append(metrics)
             end_of_epoch = step % per_epoch == 0 or step == steps
@@ -173,11 +216,11 @@ def fit(
             pending, logged = [], time.monotonic()
             if logged - saved >= setup.config.checkpoint_seconds and step < steps:
                 metadata = {'seconds': elapsed + logged - began}
-                stage.save(step, checkpoint.to_tree((state, memory)), metadata)
+                stage.save(step, checkpoint.to_tree({'state': state, 'memory': memory}), metadata)
                 saved = time.monotonic()
 
         metadata = {'seconds': elapsed + time.monotonic() - began}
-        stage.finish(checkpoint.to_tree((state, memory)), metadata)
+        stage.finish(checkpoint.to_tree({'state': state, 'memory': memory}), metadata)
         setup.display.finish(name)
         return state, memory
 
@@ -187,6 +230,11 @@ def seconds(setup: Setup) -> dict[str, float]:
     return {
         name: checkpoint.Stage(setup.workdir / name).result()[1]['seconds'] for name in setup.stages
     }
+
+
+def _narrow(graph: Graph | None, state: Any, keep: Keep | None, among: Keep | None) -> Any:
+    """A state of the network with the units `among`, for what is to be left of it."""
+    return state if keep is among else cut.cut(graph, state, keep, among=among)
 
 
 def _means(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:

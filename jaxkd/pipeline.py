@@ -27,11 +27,18 @@ from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, learn, penalty
+from jaxkd.search import control, criteria, learn, penalty, rounds
 from jaxkd.search import select as selecting
 
 # The stages that train, and what one of their steps costs beside the teacher's, for the ETA.
 STAGES = {'teacher': 1.0, 'search': 1.3, 'distil': 0.9}
+# How a structure is found: by gates, with the teacher or without, or by one of the criteria.
+LEARNED = ('learn', 'morphnet')
+METHODS = (*LEARNED, *criteria.CRITERIA)
+# What the distillation starts from: the weights of the search, or new ones.
+INITIAL = ('search', 'scratch')
+# Batches that a criterion looks at, where it needs data.
+EVIDENCE = 8
 # How often inference is timed, the networks taking turns.
 TIMINGS = 20
 
@@ -105,8 +112,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             display=display,
         )
         teacher = learn_teacher(setup, plan)
-        student, scores = search_structure(setup, plan, teacher)
-        keep = select(config, plan.graph, scores)
+        find = search_structure if config.search.method in LEARNED else prune_in_rounds
+        student, keep = find(setup, plan, teacher)
         small = distil(setup, plan, teacher, cut.compact(plan.graph, student, keep))
         saved.save(workdir / 'compact', small)
         return report(setup, plan, teacher, small)
@@ -115,6 +122,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
     """Builds the model, traces it, and refuses what cannot be, before anything is trained."""
     info = data.info(config.data.name)
+    for field, allowed in {'search.method': METHODS, 'distil.init': INITIAL}.items():
+        stage, name = field.split('.')
+        if config[stage][name] not in allowed:
+            raise errors.ConfigError(field, config[stage][name], allowed=allowed)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
     try:
@@ -135,8 +146,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     limits = blocking.resolve(graph, blocking.pairs(config.blocks))
     graph = blocking.measured(graph, config.budget.get('latency'))
     budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
-    # A budget that no choice of gates can meet is refused now.
-    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.find_gates(graph)})
+    # A budget that no choice can meet is refused now.
+    learned = config.search.method in LEARNED
+    units = learn.find_gates(graph) if learned else (g.name for g in graph.groups if not g.frozen)
+    select(config, graph, {name: np.ones(graph.sizes[name]) for name in units})
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -158,7 +171,7 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     state, _ = loop.fit(
         setup,
         'teacher',
-        plan.model,
+        lambda _: loop.Network(plan.model),
         init(jax.random.key(setup.config.seed)),
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
@@ -166,18 +179,19 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     return train.averaged(state)
 
 
-def search_structure(
-    setup: loop.Setup, plan: Plan, teacher: Any
-) -> tuple[Any, dict[str, np.ndarray]]:
+def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, tracing.Keep]:
     """Distils the teacher into a copy of itself whose channels have to pay for what they cost.
 
     Loss: (1-α) CE + α T² KL + Σ_blocks λ · strength · Σ price · |gate| / F(all), the last as a
     proximal step. λ is steered so that the cost that is alive follows a schedule to the budget.
+    Channels that have closed are cut away when they are many enough. With the method 'morphnet'
+    the loss is without a teacher, α = 0 (Gordon et al. 2018, https://arxiv.org/abs/1711.06798).
 
     Returns:
-      The student's variables, and the score of every unit: how far its gate is from closing.
+      The student's variables, at the full widths, and what to keep of them.
     """
     config = setup.config.search
+    alpha = 0.0 if config.method == 'morphnet' else config.alpha
     steps, schedule = loop.schedule(setup, 'search')
     course = learn.course(
         plan.graph,
@@ -185,31 +199,98 @@ def search_structure(
         learning_rate=schedule,
         ramp=config.ramp,
         coupling=config.coupling,
+        shrink=config.shrink,
         blocks=blocking.pairs(setup.config.blocks),
         **setup.config.budget,
     )
+    body = learn.follow(course)
+
+    def network(keep: tracing.Keep) -> loop.Network:
+        found = body(keep)
+        paid = penalty.proximal(found.gates, schedule, config.coupling)
+        return loop.Network(found.module, (paid,))
 
     def steer(step: int, state: train.TrainState, memory: control.State):
-        memory = learn.press(course, step, state.params, memory)
-        return memory, {'strength': memory.strength}
+        memory = learn.press(body(memory.physical), step, state.params, memory)
+        return memory, {'strength': learn.strength(body(memory.physical), memory)}
 
     def facts(memory: control.State) -> dict[str, float]:
-        cost = plan.graph.cost(control.alive(plan.graph, memory))
-        return _alive(cost._asdict()) | {'lambda': float(memory.penalty.sum())}
+        alive = plan.graph.cost(control.alive(plan.graph, memory))._asdict()
+        physical = plan.graph.cost(memory.physical).flops
+        return _alive(alive) | {
+            'physical_flops': physical,
+            'lambda': float(memory.penalty.sum()),
+        }
 
-    state, _ = loop.fit(
+    whole = learn.body(course, plan.graph.keep_all())
+    state, memory = loop.fit(
         setup,
         'search',
-        plan.model,
+        network,
         teacher,
-        _soft_loss(config),
-        penalty.proximal(course.gates, schedule, config.coupling),
+        _soft_loss(alpha, config.temperature),
         facts=facts,
         teacher=(plan.model, teacher),
-        memory=learn.first(course, teacher['params']),
+        memory=learn.first(whole, teacher['params']),
         steer=steer,
+        graph=plan.graph,
+        kept=lambda memory: memory.physical,
     )
-    return train.variables(state), learn.efforts(course, state.params)
+    found = body(memory.physical)
+    scores = learn.efforts(found, state.params)
+    student = learn.whole(found, train.variables(state), teacher)
+    return student, select(setup.config, plan.graph, scores)
+
+
+def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, tracing.Keep]:
+    """Cuts a copy of the teacher by a criterion, in rounds, and distils the teacher into the rest.
+
+    As long as a search, and with its loss, so that the two can be compared.
+
+    Returns:
+      The student's variables, at the full widths, and what to keep of them.
+    """
+    config, graph = setup.config.search, plan.graph
+    steps, _ = loop.schedule(setup, 'search')
+    images = train.batches(
+        setup.train, config.batch_size, setup.mesh, seed=setup.config.seed, start=0, stop=EVIDENCE
+    )
+    evidence = tuple(images) if config.method in criteria.ON_DATA else ()
+
+    def network(keep: tracing.Keep) -> loop.Network:
+        return loop.Network(cut.narrowed(graph, keep)[0])
+
+    def steer(step: int, state: train.TrainState, keep: tracing.Keep):
+        progress = rounds.due(step, steps, config.rounds)
+        if progress is not None:
+            loss = train.make_loss(network(keep).model, setup.preprocessing, setup.mesh)
+            keep = rounds.cut_down(
+                graph,
+                jax.device_get(train.variables(state)),
+                keep,
+                config.method,
+                criteria.Evidence(loss, evidence, setup.config.seed),
+                plan.budgets,
+                progress,
+                blocks=blocking.pairs(setup.config.blocks),
+                round_to=config.round_to,
+            )
+        return keep, {}
+
+    state, keep = loop.fit(
+        setup,
+        'search',
+        network,
+        teacher,
+        _soft_loss(config.alpha, config.temperature),
+        facts=lambda keep: _alive(graph.cost(keep)._asdict()),
+        teacher=(plan.model, teacher),
+        memory=graph.keep_all(),
+        steer=steer,
+        graph=graph,
+        kept=lambda keep: keep,
+    )
+    return cut.restore(graph, train.variables(state), keep, teacher), keep
 
 
 def select(
@@ -226,13 +307,29 @@ def select(
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:
-    """Trains the compact network on, under the same teacher."""
+    """Trains the compact network on, or from scratch, under the same teacher."""
+    config = setup.config.distil
+    start = small.variables
+    if config.init == 'scratch':
+        image = jnp.zeros(plan.graph.inputs[0].shape)
+        init = jax.jit(lambda key: small.module.init(key, image, train=False))
+        start = init(jax.random.fold_in(jax.random.key(setup.config.seed), 1))
+    if config.recalibrate:
+        start = train.recalibrate(
+            small.module,
+            start,
+            setup.train,
+            setup.preprocessing,
+            setup.mesh,
+            batch_size=config.batch_size,
+            steps=config.recalibrate,
+        )
     state, _ = loop.fit(
         setup,
         'distil',
-        small.module,
-        small.variables,
-        _soft_loss(setup.config.distil),
+        lambda _: loop.Network(small.module),
+        start,
+        _soft_loss(config.alpha, config.temperature),
         facts=lambda _: _alive(small.structure.compact),
         teacher=(plan.model, teacher),
     )
@@ -313,10 +410,10 @@ def _latency(
     }
 
 
-def _soft_loss(config: ml_collections.ConfigDict) -> train.Loss:
+def _soft_loss(alpha: float, temperature: float) -> train.Loss:
     def loss(logits, teacher_logits, labels):
         return distill.distillation(
-            logits, teacher_logits, labels, alpha=config.alpha, temperature=config.temperature
+            logits, teacher_logits, labels, alpha=alpha, temperature=temperature
         )
 
     return loss

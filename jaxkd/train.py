@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -237,6 +238,58 @@ def make_eval_step(
         return jnp.stack([jnp.sum(right & valid), jnp.sum(jnp.where(valid, losses, 0.0))])
 
     return jax.jit(step, out_shardings=sharding.NamedSharding(mesh, P()))
+
+
+def make_loss(
+    model: nn.Module, preprocessing: Preprocessing, mesh: sharding.Mesh
+) -> Callable[..., jax.Array]:
+    """The mean cross-entropy `(variables, batch) -> float32 []` of a network in eval mode."""
+    split = sharding.NamedSharding(mesh, P('data'))
+
+    def loss(variables, batch):
+        images, labels = _gather(batch, split)
+        inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
+        with cpu.fast_convolutions():
+            logits = model.apply(variables, inputs, train=False).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
+def recalibrate(
+    model: nn.Module,
+    variables: Any,
+    examples: Examples,
+    preprocessing: Preprocessing,
+    mesh: sharding.Mesh,
+    *,
+    batch_size: int,
+    steps: int,
+) -> Any:
+    """The variables with running statistics that `steps` batches have moved, as training does.
+
+    Without augmentation: with the inputs of evaluation.
+    """
+    split = sharding.NamedSharding(mesh, P('data'))
+
+    @functools.partial(jax.jit, out_shardings=sharding.NamedSharding(mesh, P()))
+    def step(variables, batch):
+        images, _ = _gather(batch, split)
+        inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
+        with cpu.fast_convolutions():
+            _, new = model.apply(
+                variables,
+                inputs,
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': jax.random.key(0)},
+            )
+        return {**variables, **new}
+
+    variables = replicate(variables, mesh)
+    for batch in batches(examples, batch_size, mesh, seed=0, start=0, stop=steps):
+        variables = step(variables, batch)
+    return variables
 
 
 def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[Any, Any]:

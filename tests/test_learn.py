@@ -11,6 +11,7 @@ from sklearn import datasets
 
 import jaxkd
 from jaxkd import distill
+from jaxkd.search import learn, penalty
 
 STEPS = 150
 
@@ -118,6 +119,73 @@ def test_a_loop_of_ones_own_finds_the_same(teacher):
     assert graph.cost(keep).params <= 0.7 * graph.cost().params
     nets.assert_same(keep, result.keep)
     nets.assert_same(params, result.variables['params'], 1e-3)
+
+
+def test_cutting_while_searching_changes_nothing(teacher, capsys):
+    """The same curve with and without cutting, and no jump where channels go."""
+    graph = jaxkd.trace(MODEL, teacher, IMAGES, train=False)
+    fixed = next(batches(seed=2))
+
+    def search(teacher, fixed, shrink):
+        course = learn.course(graph, steps=STEPS, learning_rate=0.02, shrink=shrink, flops=0.3)
+        body = learn.follow(course)
+        params, rest = teacher['params'], {'batch_stats': teacher['batch_stats']}
+        memory = learn.first(body(graph.keep_all()), params)
+        now = body(memory.physical)
+
+        def made(now):
+            proximal = penalty.proximal(now.gates, 0.02)
+            tx = optax.chain(optax.sgd(0.02, momentum=0.9), proximal)
+
+            @jax.jit
+            def step(params, rest, state, batch, extra):
+                def objective(params):
+                    variables = {'params': params, **rest}
+                    logits, changed = now.module.apply(
+                        variables, batch['image'], train=True, mutable=['batch_stats']
+                    )
+                    hard = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+                    return hard.mean(), changed
+
+                (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+                updates, state = tx.update(gradients, state, params, **extra)
+                return optax.apply_updates(params, updates), changed, state, value
+
+            return tx, step
+
+        tx, step = made(now)
+        state = tx.init(params)
+        losses, jumps = [], []
+        for number, batch in zip(range(STEPS), batches(), strict=False):
+            memory = learn.press(now, number, params, memory)
+            if memory.physical is not now.keep:
+                variables = {'params': params, **rest}
+                before = now.module.apply(variables, fixed['image'])
+                variables, state = jaxkd.graph.cut.cut(
+                    graph, (variables, state), memory.physical, among=now.keep
+                )
+                now = body(memory.physical)
+                _, step = made(now)
+                after = now.module.apply(variables, fixed['image'])
+                jumps.append(float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before))))
+                params, rest = variables['params'], {'batch_stats': variables['batch_stats']}
+            extra = {'strength': learn.strength(now, memory)}
+            params, rest, state, value = step(params, rest, state, batch, extra)
+            losses.append(float(value))
+        whole = learn.whole(now, {'params': params, **rest}, teacher)
+        return losses, jumps, learn.efforts(now, params), MODEL.apply(whole, fixed['image'])
+
+    with jax.enable_x64(True):  # in float32, rounding moves the step in which a gate closes
+        teacher, fixed = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (teacher, fixed))
+        plain, none, efforts, logits = search(teacher, fixed, 0.0)
+        cut, jumps, efforts_cut, logits_cut = search(teacher, fixed, 0.7)
+    with capsys.disabled():
+        print(f'\n{len(jumps)} cuts, largest change of an output {max(jumps):.1e} of the largest')
+    assert not none and 2 <= len(jumps) <= 5
+    assert max(jumps) < 1e-12
+    np.testing.assert_allclose(cut, plain, rtol=1e-6)
+    nets.assert_same(efforts, efforts_cut, 1e-6)
+    nets.assert_same(logits, logits_cut, 1e-6)
 
 
 def test_what_cannot_be_searched_is_refused(teacher):

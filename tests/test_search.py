@@ -333,7 +333,7 @@ def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
     """
     graph, _ = chain
     efforts = {'one': np.full(4, 50.0), 'two': np.array([0.3, 0.6, 9.0, 9.0, 9.0, 9.0])}
-    state = control.initial(efforts)
+    state = control.initial(graph, efforts)
     state = _decide(graph, state, efforts, 0.7, 1.0)
     np.testing.assert_allclose(state.penalty, 2.0 * state.correction, rtol=1e-6)
     assert state.correction > 1.0  # 40 alive where 28 are due
@@ -347,7 +347,7 @@ def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
 def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):
     graph, _ = chain
     efforts = {'one': np.full(4, 5.0), 'two': np.array([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])}
-    state = _decide(graph, control.initial(efforts), efforts, 0.7, 1.0)
+    state = _decide(graph, control.initial(graph, efforts), efforts, 0.7, 1.0)
     assert state.penalty == 0.0
     np.testing.assert_array_equal(state.strength['two'], [np.inf, np.inf, 0, 0, 0, 0])
     assert graph.cost(control.alive(graph, state)).flops == 28
@@ -357,7 +357,12 @@ def test_strength_of_a_block_moves_the_pressure(chain):
     graph, _ = chain
     efforts = {'one': np.arange(1.0, 5.0), 'two': np.arange(1.0, 7.0)}
     state = _decide(
-        graph, control.initial(efforts), efforts, 0.5, 0.5, blocks=[('one', {'strength': 0.0})]
+        graph,
+        control.initial(graph, efforts),
+        efforts,
+        0.5,
+        0.5,
+        blocks=[('one', {'strength': 0.0})],
     )
     assert not state.strength['one'].any() and state.strength['two'].any()
 
@@ -369,7 +374,7 @@ def test_controller_follows_the_schedule_against_a_pull():
     start = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
     for pull in (0.0, 0.002, 0.02):
         efforts = {name: e.copy() for name, e in start.items()}
-        state = control.initial(efforts)
+        state = control.initial(graph, efforts)
         rounds, rate = 100, 0.05
         worst = 0.0
         for i in range(rounds + 30):
@@ -400,7 +405,7 @@ def test_every_budget_has_a_penalty_of_its_own():
     efforts = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
     wanted = blocks.budgets(graph, [('conv2', {'budget': {'flops': 0.4}})], flops=0.5, params=0.6)
     assert [budget.block for budget in wanted] == ['conv2', '', '']
-    state = control.initial(efforts, len(wanted))
+    state = control.initial(graph, efforts, len(wanted))
     for i in range(130):
         state = control.decide(
             graph,

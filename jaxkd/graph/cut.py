@@ -46,7 +46,7 @@ def mask(graph: Graph, variables: Any, keep: Keep) -> Any:
     return _change(graph, variables, keep, zero)
 
 
-def cut(graph: Graph, tree: Any, keep: Keep) -> Any:
+def cut(graph: Graph, tree: Any, keep: Keep, among: Keep | None = None) -> Any:
     """Slices the removed units away from a tree shaped like the variables.
 
     Args:
@@ -55,6 +55,7 @@ def cut(graph: Graph, tree: Any, keep: Keep) -> Any:
         state of an optax optimizer. Leaves may be arrays or `jax.ShapeDtypeStruct`s. Leaves under
         other paths (step counters, keys) stay as they are.
       keep: what to keep.
+      among: what is still there in `tree`, if it has been cut before.
 
     Returns:
       The tree with smaller arrays. Nothing is compiled.
@@ -78,7 +79,25 @@ def cut(graph: Graph, tree: Any, keep: Keep) -> Any:
         whole = leaf.sharding.is_fully_replicated
         return jax.device_put(array, leaf.sharding if whole else None)
 
-    return _change(graph, tree, keep, shrink)
+    return _change(graph, tree, keep, shrink, among=among)
+
+
+def restore(graph: Graph, tree: Any, keep: Keep, into: Any) -> Any:
+    """`into`, with the values of a tree that was cut to `keep` where they came from.
+
+    The inverse of `cut`, for numpy arrays: what was cut away is as it is in `into`.
+
+    Raises:
+      GraphError: where a leaf of `tree` does not have the shape that `keep` gives it.
+    """
+
+    def put(leaf, axis_masks, part):
+        places = [axis_masks.get(axis, np.ones(n, bool)) for axis, n in enumerate(leaf.shape)]
+        leaf = np.array(leaf)
+        leaf[np.ix_(*places)] = np.asarray(part)
+        return leaf
+
+    return _change(graph, into, keep, put, tree)
 
 
 def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
@@ -89,11 +108,15 @@ def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
         does not compute what the masked one does; the message names the layer and the line, or the
         groups.
     """
-    keep = graph.complete(keep)
-    found = structure.record(graph, keep, cut(graph, graph.variables, keep))
-    module = structure.module(graph.model, found)
+    module, found = narrowed(graph, keep)
     verify(graph, keep)
     return structure.CompactModel(module, cut(graph, plain(variables), keep), found)
+
+
+def narrowed(graph: Graph, keep: Keep) -> tuple[nn.Module, structure.Structure]:
+    """The module that runs at the widths that `keep` leaves, not verified; and the record of it."""
+    found = structure.record(graph, keep, cut(graph, graph.variables, keep))
+    return structure.module(graph.model, found), found
 
 
 def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
@@ -183,8 +206,8 @@ def _run_compact(
     graph: Graph, keep: Keep, variables: Any, inputs: Any, precise: bool = False
 ) -> list[np.ndarray]:
     """The outputs of the compact network, given the full network's variables."""
-    record = structure.record(graph, keep, cut(graph, graph.variables, keep))
-    small = outputs_of(structure.module(graph.model, record), graph.apply_kwargs)
+    module, _ = narrowed(graph, keep)
+    small = outputs_of(module, graph.apply_kwargs)
     try:
         return _run(small, cut(graph, variables, keep), inputs, precise)
     except Exception as error:
@@ -302,8 +325,8 @@ def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
-    """bool [axis size] for every axis, by path and axis, that loses positions."""
+def alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
+    """The masks of every axis that loses positions: bool [axis size] by variable path and axis."""
     keep = graph.complete(keep)
     shapes = _shapes(graph)
     result: dict[str, dict[int, np.ndarray]] = {path: {} for path in shapes}
@@ -312,15 +335,30 @@ def _alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
         if removed.any():
             for member, positions in zip(group.members, group.positions, strict=True):
                 n = shapes[member.path][member.axis]
-                alive = result[member.path].setdefault(member.axis, np.ones(n, bool))
-                alive[positions[removed].reshape(-1)] = False
+                mask = result[member.path].setdefault(member.axis, np.ones(n, bool))
+                mask[positions[removed].reshape(-1)] = False
     return result
 
 
-def _change(graph: Graph, tree: Any, keep: Keep, change: Any) -> Any:
-    """Applies `change(leaf, {axis: alive})` to the leaves that stand at a variable's path."""
-    alive = _alive(graph, keep)
-    shapes = _shapes(graph)
+def _change(
+    graph: Graph, tree: Any, keep: Keep, change: Any, *others: Any, among: Keep | None = None
+) -> Any:
+    """Applies `change(leaf, {axis: alive}, *leaves of others)` to what stands at a variable's path.
+
+    Where the tree has been cut before, to `among`, its masks are for what is left.
+    """
+    masks, shapes = alive(graph, keep), _shapes(graph)
+    if among is not None:
+        gone = [n for n, units in graph.complete(keep).items() if (units > among[n]).any()]
+        if gone:
+            raise errors.GraphError(f'already cut away: units of {", ".join(gone)}')
+        before = alive(graph, among)
+        for path, axes in before.items():
+            shape = list(shapes[path])
+            for axis, there in axes.items():
+                shape[axis] = int(there.sum())
+                masks[path][axis] = masks[path][axis][there]
+            shapes[path] = tuple(shape)
     # Trees of parameters alone lack the collection's name. Parameters come first where both match.
     short: dict[str, str] = {}
     for path in sorted(shapes, key=lambda path: not path.startswith('params/')):
@@ -335,17 +373,17 @@ def _change(graph: Graph, tree: Any, keep: Keep, change: Any) -> Any:
                 return short[tail]
         return None
 
-    def visit(path, leaf):
+    def visit(path, leaf, *parts):
         if path and path[-1] == jax.tree_util.GetAttrKey('value'):
             path = path[:-1]  # the box of nn.with_partitioning
         found = find([_key(entry) for entry in path])
-        if found is None or not alive[found] or np.ndim(leaf) == 0:
-            return leaf
+        if found is None or not masks[found] or np.ndim(leaf) == 0:
+            return (leaf, *parts)[-1]
         if tuple(leaf.shape) != tuple(shapes[found]):
             raise errors.GraphError(
                 f'the leaf at {"/".join(map(_key, path))} has shape {list(leaf.shape)}, but the '
                 f'variable {found} has {list(shapes[found])}: cut needs trees of the same shapes'
             )
-        return change(leaf, alive[found])
+        return change(leaf, masks[found], *parts)
 
-    return jax.tree_util.tree_map_with_path(visit, tree)
+    return jax.tree_util.tree_map_with_path(visit, tree, *others)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkd.graph import cut, rules, structure
+from jaxkd.graph import cut, rules
 from jaxkd.graph.names import Frozen
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep, applied
 
@@ -105,10 +105,9 @@ def _exact(graph: Graph, keep: Keep) -> Keep:
 
 def _program(graph: Graph, keep: Keep) -> Any:
     """The program of the compact network."""
-    shapes = cut.cut(graph, graph.variables, keep)
-    found = structure.record(graph, keep, shapes)
-    small = applied(structure.module(graph.model, found), graph.apply_kwargs)
-    return jax.make_jaxpr(small)(shapes, graph.inputs)
+    module, _ = cut.narrowed(graph, keep)
+    small = applied(module, graph.apply_kwargs)
+    return jax.make_jaxpr(small)(cut.cut(graph, graph.variables, keep), graph.inputs)
 
 
 def _differences(full: Any, small: Any, caller: str = 'an unknown line') -> Iterator[Frozen]:

@@ -34,21 +34,24 @@ class State(NamedTuple):
       penalty: float64 [budgets], λ: what the loss is charged for all that a budget is about.
       closed: bool [units] by group name: gates that have closed, and stay closed.
       strength: float32 [units] by group name: what `penalty.proximal` wants.
+      physical: bool [units] by group name: those that have not been cut away yet.
     """
 
     correction: np.ndarray
     penalty: np.ndarray
     closed: dict[str, np.ndarray]
     strength: dict[str, np.ndarray]
+    physical: dict[str, np.ndarray]
 
 
-def initial(efforts: Mapping[str, np.ndarray], budgets: int = 1) -> State:
-    """All gates open, nothing pressed."""
+def initial(graph: Graph, efforts: Mapping[str, np.ndarray], budgets: int = 1) -> State:
+    """All gates open, nothing pressed, nothing cut."""
     return State(
         correction=np.ones(budgets),
         penalty=np.zeros(budgets),
         closed={name: np.zeros(len(e), bool) for name, e in efforts.items()},
         strength={name: np.zeros(len(e), np.float32) for name, e in efforts.items()},
+        physical=graph.keep_all(),
     )
 
 
@@ -120,7 +123,7 @@ def decide(
     strength = {
         name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
     }
-    return State(corrections, penalties, closed, strength)
+    return state._replace(correction=corrections, penalty=penalties, strength=strength)
 
 
 def _best(effort: np.ndarray, number: int) -> np.ndarray:
@@ -143,24 +146,19 @@ def _needed(
 
     It comes on top of the thresholds that are `pressed` already.
     """
-    left = {name: np.maximum(efforts[name] - pressed[name], 0.0) for name in efforts}
-    ratios = np.sort(
-        np.concatenate(
-            [
-                (left[name] / np.where(p > 0, p, 1.0))[keep[name] & (p > 0)]
-                for name, p in price.items()
-            ]
-            or [np.zeros(0)]
-        )
-    )
+    ratio = {
+        name: np.maximum(efforts[name] - pressed[name], 0.0) / np.where(p > 0, p, np.nan)
+        for name, p in price.items()
+    }
+    ratios = np.concatenate([r[keep[name] & (price[name] > 0)] for name, r in ratio.items()])
+    ratios = np.sort(ratios)
 
     def met(number: int) -> bool:
         """Whether closing the gates with the `number` smallest ratios is enough."""
         edge = ratios[number - 1] if number else -1.0
         rest = keep | {
-            name: keep[name]
-            & ~(((p > 0) & (left[name] <= edge * p)) | _gone(pressed[name], efforts[name]))
-            for name, p in price.items()
+            name: keep[name] & ~((r <= edge) | _gone(pressed[name], efforts[name]))
+            for name, r in ratio.items()
         }
         return budget.share(graph.cost(rest)) <= goal
 

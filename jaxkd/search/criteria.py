@@ -305,6 +305,7 @@ CRITERIA: dict[str, Criterion] = {
     'activation': activation,
     'sensitivity': sensitivity,
 }
+ON_DATA = ('taylor', 'group_taylor', 'activation', 'sensitivity')  # what needs evidence
 
 
 def _filters(graph: Graph, tree: Any) -> Iterator[tuple[str, np.ndarray]]:

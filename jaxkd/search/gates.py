@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.graph.trace import Graph
+from jaxkd.graph import cut
+from jaxkd.graph.trace import Graph, Keep
 
 COUPLINGS = ('max', 'l2')
 
@@ -61,6 +62,22 @@ def _get(tree: Any, path: tuple[str, ...]) -> Any:
             return None
         tree = tree[key]
     return tree
+
+
+def narrow(graph: Graph, gates: Gates, keep: Keep) -> dict[str, tuple[Gate, ...]]:
+    """The gates of the network that is cut to `keep`: its units, at their positions there."""
+    masks = cut.alive(graph, keep)
+
+    def narrowed(gate: Gate, units: np.ndarray) -> Gate:
+        mask = masks['/'.join(('params', *gate.layer, 'scale'))].get(0)
+        positions = gate.positions[units]
+        if mask is not None:
+            positions = (np.cumsum(mask) - 1)[positions]
+        return gate._replace(positions=positions)
+
+    return {
+        name: tuple(narrowed(gate, keep[name]) for gate in group) for name, group in gates.items()
+    }
 
 
 def scales(gates: tuple[Gate, ...], params: Any) -> jax.Array:

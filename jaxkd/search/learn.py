@@ -30,23 +30,24 @@ class Course(NamedTuple):
     Attributes:
       graph: the traced network.
       gates: its gates; see `gates.find`.
-      effort: params → float [units] by group name: how far the gates are from closing.
       limits, budgets: what is asked; see `blocks.resolve` and `blocks.budgets`.
       rates: float [2 · steps], the learning rate of each step.
       down: steps in which the cost falls to the budget.
       period: steps between two rounds of control.
       coupling: see `gates.shrink`.
+      shrink: how far the multiply-adds of the open gates may fall, as a share of those that are
+        computed, before the network is cut; 0 never cuts.
     """
 
     graph: Graph
     gates: gates.Gates
-    effort: Callable[[Any], dict[str, jax.Array]]
     limits: Mapping[str, blocking.Limits]
     budgets: list[blocking.Budget]
     rates: np.ndarray
     down: int
     period: int
     coupling: str
+    shrink: float
 
 
 def course(
@@ -56,6 +57,7 @@ def course(
     learning_rate: optax.ScalarOrSchedule,
     ramp: float = 0.8,
     coupling: str = 'max',
+    shrink: float = 0.0,
     blocks: blocking.Blocks = (),
     **budget: float | None,
 ) -> Course:
@@ -71,13 +73,13 @@ def course(
     return Course(
         graph,
         found,
-        jax.jit(functools.partial(gates.effort, found, coupling=coupling)),
         blocking.resolve(graph, blocks),
         blocking.budgets(graph, blocks, **budget),
         np.broadcast_to(np.asarray(schedule(np.arange(2 * steps))), (2 * steps,)),
         down,
         max(1, down // ROUNDS),
         coupling,
+        shrink,
     )
 
 
@@ -92,25 +94,93 @@ def find_gates(graph: Graph) -> gates.Gates:
     return found
 
 
-def efforts(course: Course, params: Any) -> dict[str, np.ndarray]:
-    """The score of every unit: how far its gate is from closing."""
-    return jax.device_get(course.effort(params))
+class Body(NamedTuple):
+    """The network that is trained: what has not been cut away yet.
+
+    Attributes:
+      course: of the search.
+      keep: which units of the full network it has.
+      module: at these widths.
+      gates: its gates.
+      effort: params → float [units] by group name: how far its gates are from closing.
+    """
+
+    course: Course
+    keep: dict[str, np.ndarray]
+    module: nn.Module
+    gates: gates.Gates
+    effort: Callable[[Any], dict[str, jax.Array]]
 
 
-def first(course: Course, params: Any) -> control.State:
+def body(course: Course, keep: dict[str, np.ndarray]) -> Body:
+    """The network of a search that has these units."""
+    graph = course.graph
+    found, module = course.gates, graph.model
+    if not all(alive.all() for alive in keep.values()):
+        found = gates.narrow(graph, found, keep)
+        module, _ = cut.narrowed(graph, keep)
+    effort = jax.jit(functools.partial(gates.effort, found, coupling=course.coupling))
+    return Body(course, keep, module, found, effort)
+
+
+def follow(course: Course) -> Callable[[dict[str, np.ndarray]], Body]:
+    """`body` for one keep after the other, made anew where it is another."""
+    latest: list[Body] = []
+
+    def of(keep: dict[str, np.ndarray]) -> Body:
+        if not latest or latest[0].keep is not keep:
+            latest[:] = [body(course, keep)]
+        return latest[0]
+
+    return of
+
+
+def whole(body: Body, variables: Any, into: Any) -> Any:
+    """The full network's variables: the body's, and closed gates where it has none.
+
+    Args:
+      body: of the search.
+      variables: the body's.
+      into: variables of the full network, for what has been cut away.
+    """
+    restored = cut.restore(body.course.graph, variables, body.keep, into)
+    restored = jax.tree.map(jax.numpy.asarray, restored)
+    thresholds = {name: np.where(body.keep[name], 0.0, np.inf) for name in body.course.gates}
+    params = gates.shrink(body.course.gates, restored['params'], thresholds, body.course.coupling)
+    return {**restored, 'params': params}
+
+
+def efforts(body: Body, params: Any) -> dict[str, np.ndarray]:
+    """The score of every unit of the full network: how far its gate is from closing.
+
+    Units that have been cut away are at 0.
+    """
+    scores = {}
+    for name, effort in jax.device_get(body.effort(params)).items():
+        scores[name] = np.zeros(len(body.keep[name]), effort.dtype)
+        scores[name][body.keep[name]] = effort
+    return scores
+
+
+def first(body: Body, params: Any) -> control.State:
     """What the controller knows before the first step."""
-    return control.initial(efforts(course, params), len(course.budgets))
+    course = body.course
+    return control.initial(course.graph, efforts(body, params), len(course.budgets))
 
 
-def press(course: Course, step: int, params: Any, memory: control.State) -> control.State:
-    """What the controller knows and says before step `step`; its `strength` goes to the update."""
+def press(body: Body, step: int, params: Any, memory: control.State) -> control.State:
+    """What the controller knows and says before step `step`.
+
+    Its `physical` is another than the body's where the time has come to cut it.
+    """
+    course = body.course
     if step % course.period:
         return memory
     horizon = max(1, round(LOOKAHEAD * course.down))
-    return control.decide(
+    memory = control.decide(
         course.graph,
         memory,
-        efforts(course, params),
+        efforts(body, params),
         course.limits,
         course.budgets,
         progress=step / course.down,
@@ -118,6 +188,16 @@ def press(course: Course, step: int, params: Any, memory: control.State) -> cont
         period=course.period / course.down,
         rate=float(course.rates[step : step + horizon].sum()),
     )
+    alive = control.alive(course.graph, memory)
+    computed = course.graph.cost(memory.physical).flops
+    if course.graph.cost(alive).flops < course.shrink * computed:
+        memory = memory._replace(physical=alive)
+    return memory
+
+
+def strength(body: Body, memory: control.State) -> dict[str, np.ndarray]:
+    """What the penalty of the body's units is, for the optimizer's update."""
+    return {name: s[body.keep[name]] for name, s in memory.strength.items()}
 
 
 class Search:
@@ -175,18 +255,19 @@ class Search:
             blocks=blocks,
             **budget,
         )
+        self._body = body(self._course, graph.keep_all())
         self.budgets = self._course.budgets
         self._select = functools.partial(
             selecting.select, graph, blocks=blocks, round_to=round_to, **budget
         )
-        self._select(efforts(self._course, weights))  # refuses what cannot be reached
+        self._select(efforts(self._body, weights))  # refuses what cannot be reached
         self.transformation = penalty.proximal(self._course.gates, learning_rate, coupling)
-        self.memory = first(self._course, weights)
+        self.memory = first(self._body, weights)
 
     def before(self, step: int, params: Any) -> dict[str, Any]:
         """To be called before each step: further arguments of the optimizer's update."""
-        self.memory = press(self._course, step, params, self.memory)
-        return {'strength': self.memory.strength}
+        self.memory = press(self._body, step, params, self.memory)
+        return {'strength': strength(self._body, self.memory)}
 
     def alive(self) -> dict[str, np.ndarray]:
         """The keep of the gates that are open."""
@@ -194,7 +275,7 @@ class Search:
 
     def keep(self, params: Any) -> dict[str, np.ndarray]:
         """The structure that was found: the best units within the budget."""
-        return self._select(efforts(self._course, params))
+        return self._select(efforts(self._body, params))
 
 
 class SearchResult(NamedTuple):

@@ -65,6 +65,7 @@ def fit(
     teacher: tuple[nn.Module, Any] | None = None,
     memory: Any = None,
     steer: Callable[[int, train.TrainState, Any], tuple[Any, Mapping[str, Any]]] | None = None,
+    fold: train.Fold | None = None,
 ) -> tuple[train.TrainState, Any]:
     """Trains for a stage's number of steps, from where its last checkpoint was left.
 
@@ -79,6 +80,7 @@ def fit(
       memory: what `steer` remembers, a pytree that checkpoints hold.
       steer: called before each step as `(steps done, state, memory)`; returns the next memory and
         further arguments of the optimizer's update.
+      fold: makes the parameters that the model sees of those that are trained.
 
     Returns:
       The last state, and the last memory. If the stage was finished before, nothing is trained.
@@ -120,6 +122,7 @@ def fit(
             seed=setup.config.seed,
             ema_decay=config.ema_decay,
             teacher=teacher_model,
+            fold=fold,
         )
         eval_step = train.make_eval_step(model, setup.preprocessing, setup.mesh)
         per_epoch = train.steps_per_epoch(setup.train.split.size, config.batch_size)
@@ -163,6 +166,8 @@ def fit(
             if end_of_epoch:
                 # Averages lag behind a network whose channels are being closed.
                 evaluated = train.variables(state) if steer else train.averaged(state)
+                if fold:
+                    evaluated |= {'params': fold(evaluated['params'], None)}
                 validation = train.evaluate(
                     eval_step, evaluated, setup.validation, config.batch_size, setup.mesh
                 )

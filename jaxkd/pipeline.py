@@ -28,6 +28,7 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
 from jaxkd.search import control, learn, penalty
+from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # The stages that train, and what one of their steps costs beside the teacher's, for the ETA.
@@ -136,7 +137,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = blocking.measured(graph, config.budget.get('latency'))
     budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
     # A budget that no choice of gates can meet is refused now.
-    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.find_gates(graph)})
+    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.movable(graph)})
+    for field, allowed in (('gates', gating.KINDS), ('coupling', gating.COUPLINGS)):
+        if config.search[field] not in allowed:
+            raise errors.ConfigError(f'search.{field}', config.search[field], allowed=allowed)
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -175,7 +179,8 @@ def search_structure(
     proximal step. λ is steered so that the cost that is alive follows a schedule to the budget.
 
     Returns:
-      The student's variables, and the score of every unit: how far its gate is from closing.
+      The student's variables, its gates folded in, and the score of every unit: how far its gate
+      is from closing.
     """
     config = setup.config.search
     steps, schedule = loop.schedule(setup, 'search')
@@ -184,10 +189,14 @@ def search_structure(
         steps=steps,
         learning_rate=schedule,
         ramp=config.ramp,
+        gates=config.gates,
         coupling=config.coupling,
         blocks=blocking.pairs(setup.config.blocks),
         **setup.config.budget,
     )
+
+    fold = functools.partial(gating.fold, course.gates)
+    student = {**teacher, 'params': gating.gated(course.gates, teacher['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
         memory = learn.press(course, step, state.params, memory)
@@ -201,15 +210,17 @@ def search_structure(
         setup,
         'search',
         plan.model,
-        teacher,
+        student,
         _soft_loss(config),
         penalty.proximal(course.gates, schedule, config.coupling),
         facts=facts,
         teacher=(plan.model, teacher),
-        memory=learn.first(course, teacher['params']),
+        memory=learn.first(course, student['params']),
         steer=steer,
+        fold=fold,
     )
-    return train.variables(state), learn.efforts(course, state.params)
+    found = train.variables(state) | {'params': fold(state.params)}
+    return found, learn.efforts(course, state.params)
 
 
 def select(

@@ -17,7 +17,8 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.graph.trace import Graph, plain
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, gates, penalty
+from jaxkd.search import control, penalty
+from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # Rounds of control on the way down to the budget, and how much of the way λ looks ahead.
@@ -39,7 +40,7 @@ class Course(NamedTuple):
     """
 
     graph: Graph
-    gates: gates.Gates
+    gates: gating.Gates
     effort: Callable[[Any], dict[str, jax.Array]]
     limits: Mapping[str, blocking.Limits]
     budgets: list[blocking.Budget]
@@ -55,6 +56,7 @@ def course(
     steps: int,
     learning_rate: optax.ScalarOrSchedule,
     ramp: float = 0.8,
+    gates: str = 'norm',
     coupling: str = 'max',
     blocks: blocking.Blocks = (),
     **budget: float | None,
@@ -62,16 +64,19 @@ def course(
     """Plans a search of `steps` steps, of which the share `ramp` takes the cost to the budget.
 
     Raises:
-      GraphError: for a network without gates.
-      ConfigError: for blocks or budgets that cannot be.
+      GraphError: for a network of which nothing can be cut.
+      ConfigError: for gates, couplings, blocks or budgets that cannot be.
     """
-    found = find_gates(graph)
+    if coupling not in gating.COUPLINGS:
+        raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
+    movable(graph)
+    found = gating.find(graph, gates)
     down = max(1, round(ramp * steps))
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return Course(
         graph,
         found,
-        jax.jit(functools.partial(gates.effort, found, coupling=coupling)),
+        jax.jit(functools.partial(gating.effort, found, coupling=coupling)),
         blocking.resolve(graph, blocks),
         blocking.budgets(graph, blocks, **budget),
         np.broadcast_to(np.asarray(schedule(np.arange(2 * steps))), (2 * steps,)),
@@ -81,15 +86,15 @@ def course(
     )
 
 
-def find_gates(graph: Graph) -> gates.Gates:
-    """The network's gates; GraphError if it has none."""
-    found = gates.find(graph)
-    if not found:
+def movable(graph: Graph) -> list[str]:
+    """The channel groups that can be cut, which have gates; GraphError if there is none."""
+    names = [group.name for group in graph.groups if not group.frozen]
+    if not names:
         raise errors.GraphError(
-            f'no channel group of {type(graph.model).__name__} that can be cut has a BatchNorm, '
-            'whose scale would be its gate; jaxkd.prune needs none'
+            f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
+            'jaxkd.trace(…).frozen'
         )
-    return found
+    return names
 
 
 def efforts(course: Course, params: Any) -> dict[str, np.ndarray]:
@@ -125,12 +130,18 @@ class Search:
 
         search = jaxkd.Search(graph, params, steps=2000, learning_rate=0.02, flops=0.5)
         tx = optax.chain(optax.sgd(0.02, momentum=0.9), search.transformation)
+        params = search.gated(params)
+        opt_state = tx.init(params)
         for step in range(2000):
-            gradients = …
+            gradients = …  # in params, of the loss of search.fold(params)
             extra = search.before(step, params)
             updates, opt_state = tx.update(gradients, opt_state, params, **extra)
             params = optax.apply_updates(params, updates)
+        variables = {'params': search.fold(params), …}
         small = jaxkd.compact(graph, variables, search.keep(params))
+
+    `gated` and `fold` change nothing where norms do as gates everywhere, as in most networks with
+    BatchNorm, and may be left out there.
 
     Args:
       graph: of the network that is trained.
@@ -138,7 +149,10 @@ class Search:
       steps: length of the search.
       learning_rate: the optimizer's, a number or a schedule.
       ramp: share of the search in which the cost falls to the budget.
-      coupling: what the gate of a group with several BatchNorms is; see `gates.shrink`.
+      gates: 'norm' (the scales of norms, explicit gates where they do not do), 'explicit' or
+        'sigmoid' for all; see `jaxkd.search.gates`.
+      coupling: what the gate of a group with several norms is: 'max', 'mean' or 'l2'; see
+        `jaxkd.search.gates.shrink`.
       blocks, round_to: see `jaxkd.select`.
       **budget: see `jaxkd.select`.
 
@@ -161,6 +175,7 @@ class Search:
         steps: int,
         learning_rate: optax.ScalarOrSchedule,
         ramp: float = 0.8,
+        gates: str = 'norm',
         coupling: str = 'max',
         blocks: blocking.Blocks = (),
         round_to: int = 1,
@@ -171,6 +186,7 @@ class Search:
             steps=steps,
             learning_rate=learning_rate,
             ramp=ramp,
+            gates=gates,
             coupling=coupling,
             blocks=blocks,
             **budget,
@@ -179,9 +195,24 @@ class Search:
         self._select = functools.partial(
             selecting.select, graph, blocks=blocks, round_to=round_to, **budget
         )
+        weights = self.gated(weights)
         self._select(efforts(self._course, weights))  # refuses what cannot be reached
         self.transformation = penalty.proximal(self._course.gates, learning_rate, coupling)
         self.memory = first(self._course, weights)
+
+    def gated(self, params: Any) -> Any:
+        """The parameters to be trained: with the gates that are none of the model's own.
+
+        Their entry goes through the optimizer like the others, and the model never sees it.
+        """
+        return gating.gated(self._course.gates, params)
+
+    def fold(self, params: Any, key: jax.Array | None = None) -> Any:
+        """The parameters for the model: multiplied by the gates; with a key, as in training.
+
+        Of `gates='sigmoid'` the key draws a sample; other gates need none.
+        """
+        return gating.fold(self._course.gates, params, key)
 
     def before(self, step: int, params: Any) -> dict[str, Any]:
         """To be called before each step: further arguments of the optimizer's update."""
@@ -229,15 +260,17 @@ def learn_structure(
     activations: float | None = None,
     latency: float | None = None,
     ramp: float = 0.8,
+    gates: str = 'norm',
     coupling: str = 'max',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    seed: int = 0,
     **apply_kwargs: Any,
 ) -> SearchResult:
     """Trains a network whose channels have to pay for what they cost, down to a budget.
 
     Args:
-      model: any Linen module with BatchNorms.
+      model: any Linen module.
       variables: its trained variables.
       loss: `loss(variables, batch)`, in training mode: the mean loss as a scalar, or that and a
         dict of the collections that the model changed, such as `{'batch_stats': …}`. Distillation
@@ -248,13 +281,14 @@ def learn_structure(
       learning_rate: a number or a schedule.
       optimizer: with this learning rate; SGD with Nesterov momentum 0.9 by default.
       flops, params, activations, latency, blocks, round_to: see `jaxkd.select`.
-      ramp, coupling: see `Search`.
+      ramp, gates, coupling: see `Search`.
+      seed: for the samples of `gates='sigmoid'`.
       **apply_kwargs: further arguments of `model.apply` in evaluation mode, such as `train=False`.
 
     Raises:
       BudgetError: for a budget that cannot be reached.
       ConfigError: for batches that end too early, or no budget.
-      GraphError: for a network that cannot be traced or cut, or has no gates.
+      GraphError: for a network that cannot be traced or cut.
       TrainingError: for a loss that is no finite number.
     """
     budget = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
@@ -267,11 +301,13 @@ def learn_structure(
         steps=steps,
         learning_rate=learning_rate,
         ramp=ramp,
+        gates=gates,
         coupling=coupling,
         blocks=blocks,
         round_to=round_to,
         **budget,
     )
+    weights = search.gated(weights)
     if not search.budgets:
         why = 'give flops=, params=, activations= or latency= below the full network'
         raise errors.ConfigError('budget', budget, why=why)
@@ -280,10 +316,12 @@ def learn_structure(
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def train_step(weights, rest, opt_state, batch, extra):
+    def train_step(weights, rest, opt_state, batch, step, extra):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+
         def objective(weights):
             with cpu.fast_convolutions():
-                result = loss({'params': weights, **rest}, batch)
+                result = loss({'params': search.fold(weights, key), **rest}, batch)
             return result if isinstance(result, tuple) else (result, {})
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
@@ -300,7 +338,7 @@ def learn_structure(
             why = f'they ended after {step} of {steps} steps; repeat them'
             raise errors.ConfigError('batches', type(batches).__name__, why=why) from None
         extra = search.before(step, weights)
-        weights, rest, opt_state, value = train_step(weights, rest, opt_state, batch, extra)
+        weights, rest, opt_state, value = train_step(weights, rest, opt_state, batch, step, extra)
         losses.append(value)
         alive.append(search.budgets[0].share(graph.cost(search.alive())))
         looked_at = losses[-100:] if step % 100 == 99 or step == steps - 1 else []
@@ -308,7 +346,7 @@ def learn_structure(
             raise errors.TrainingError(
                 f'the loss is no finite number by step {step + 1}: lower the learning rate'
             )
-    found = {'params': weights, **rest}
+    found = {'params': search.fold(weights), **rest}
     keep = search.keep(weights)
     small = cut.compact(graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))

@@ -141,13 +141,12 @@ def test_logits_flow_down_to_the_bound():
     closed = shrunk(after, np.array([1.01, 0, 0, np.inf]))
     assert gates.effort(found, closed)['one'][0] == 0.0
     # Gone in training as in evaluation; the others are open by their probability, or about that.
-    factor = {key: gates.fold(found, closed, key) for key in (None, jax.random.key(0))}
-    for folded in factor.values():
-        scale = folded['one_bn']['scale']
-        assert scale[0] == scale[3] == 0.0 and (scale[1:3] != 0).all()
-    chex.assert_trees_all_close(
-        factor[None]['one_bn']['scale'][1], 1 / (1 + np.exp(-new[1])), rtol=1e-6
+    sampled, expected = (
+        gates.fold(found, closed, key)['one_bn']['scale'] for key in (jax.random.key(0), None)
     )
+    for scale in (sampled, expected):
+        assert scale[0] == scale[3] == 0.0 and (scale[1:3] != 0).all()
+    chex.assert_trees_all_close(expected[1], 1 / (1 + np.exp(-new[1])), rtol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

@@ -342,6 +342,8 @@ def _sigmoid_effort(logits: jax.Array) -> jax.Array:
 def _shrink_sigmoid(logits: jax.Array, threshold: jax.Array) -> jax.Array:
     """Solves F(a) - F(a - d) = threshold, F(a) = 2 (sinh a + a), for the way d."""
     effort = _sigmoid_effort(logits)
+    closes = (threshold > 0) & (threshold >= effort)
+    lowest = jnp.where(threshold > 0, SHUT, SHUT + MARGIN)
     start = jnp.clip(logits, SHUT, TOP)
     threshold = jnp.minimum(threshold, effort)
     goal = 2 * (jnp.sinh(start) + start) - threshold
@@ -352,8 +354,7 @@ def _shrink_sigmoid(logits: jax.Array, threshold: jax.Array) -> jax.Array:
         # F(a) - F(a - d), without the difference of large numbers.
         done = 2 * way + 4 * jnp.cosh(start - way / 2) * jnp.sinh(way / 2)
         way = way - (done - threshold) / (2 + 2 * jnp.cosh(start - way))
-    left = jnp.maximum(start - way, jnp.where(threshold > 0, SHUT, SHUT + MARGIN))
-    return jnp.where((threshold > 0) & (threshold >= effort), SHUT - MARGIN, left)
+    return jnp.where(closes, SHUT - MARGIN, jnp.maximum(start - way, lowest))
 
 
 _SHUT_EFFORT = 2 * (float(np.sinh(SHUT)) + SHUT)

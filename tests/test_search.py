@@ -115,30 +115,33 @@ def test_shrink_lowers_the_largest_scales_first():
 def test_logits_flow_down_to_the_bound():
     """F(a) = 2 (sinh a + a), and logits are shut at -ln 9: F(0) = 0, F(-ln 9) = -(80/9 + 4 ln 3).
 
-    So a logit of 0 has the effort 80/9 + 4 ln 3 = 13.28, and at F = 2 (sinh 1 + 1) the logit is 1.
+    Efforts are such differences over GAIN², so that the first is 1. From logit 0 that is 80/9
+    + 4 ln 3 = 13.28; from 2 to 1 it is 2 (sinh 2 + 2) - 2 (sinh 1 + 1).
     """
     graph, variables = _traced(Chain())
     found = gates.find(graph, 'sigmoid')
     params = gates.gated(found, variables['params'])
+    chex.assert_trees_all_close(gates.effort(found, params)['two'], np.ones(6), rtol=1e-5)
+    key, name = found['one'].scales[0].path
     shut, two = 80 / 9 + 4 * np.log(3), 2 * (np.sinh(2) + 2)
-    logits = np.array([0.0, 2.0, 2.0, 100.0], np.float32)
-    vector = found['one'].scales[0].path
 
-    def shrunk(params, threshold):
-        return gates.shrink(found, params, {'one': threshold, 'two': np.zeros(6)})
+    def step(params, thresholds):
+        thresholds = np.array(thresholds) / gates.GAIN**2
+        return gates.shrink(found, params, {'one': thresholds, 'two': np.zeros(6)})
 
-    params[vector[0]][vector[1]] = jnp.array(logits)
-    effort = gates.effort(found, params)['one']
+    params[key][name] = jnp.array([0.0, 2.0, 2.0, 100.0]) / gates.GAIN
+    effort = gates.effort(found, params)['one'] * gates.GAIN**2
     chex.assert_trees_all_close(effort[:3], np.array([shut, shut + two, shut + two]), rtol=1e-5)
     assert np.isfinite(effort[3])
-    after = shrunk(params, np.array([shut - 1, two - 2 * (np.sinh(1) + 1), 1e-4, np.inf]))
-    new = after[vector[0]][vector[1]]
-    chex.assert_trees_all_close(new[1], 1.0, atol=1e-5)
-    np.testing.assert_allclose(2.0 - new[2], 1e-4 / (2 + 2 * np.cosh(2)), rtol=0.05)
-    assert new[0] > gates.SHUT > new[3]
-    chex.assert_trees_all_close(gates.effort(found, after)['one'][0], 1.0, atol=1e-4)
-    assert gates.effort(found, after)['one'][3] == 0.0
-    closed = shrunk(after, np.array([1.01, 0, 0, np.inf]))
+    after = step(params, [shut - 1, two - 2 * (np.sinh(1) + 1), 1e-4, np.inf])
+    logits = after[key][name] * gates.GAIN
+    chex.assert_trees_all_close(logits[1], 1.0, atol=1e-5)
+    np.testing.assert_allclose(2.0 - logits[2], 1e-4 / (2 + 2 * np.cosh(2)), rtol=0.05)
+    assert logits[0] > gates.SHUT > logits[3]
+    effort = gates.effort(found, after)['one'] * gates.GAIN**2
+    chex.assert_trees_all_close(effort[0], 1.0, atol=1e-4)
+    assert effort[3] == 0.0
+    closed = step(after, [1.01, 0, 0, np.inf])
     assert gates.effort(found, closed)['one'][0] == 0.0
     # Gone in training as in evaluation; the others are open by their probability, or about that.
     sampled, expected = (
@@ -146,7 +149,7 @@ def test_logits_flow_down_to_the_bound():
     )
     for scale in (sampled, expected):
         assert scale[0] == scale[3] == 0.0 and (scale[1:3] != 0).all()
-    chex.assert_trees_all_close(expected[1], 1 / (1 + np.exp(-new[1])), rtol=1e-6)
+    chex.assert_trees_all_close(expected[1], 1 / (1 + np.exp(-logits[1])), rtol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

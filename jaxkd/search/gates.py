@@ -37,9 +37,13 @@ COUPLINGS = ('max', 'mean', 'l2')
 KEY = 'jaxkd_gates'
 SUFFIX = ':gate'
 
-# Of 'sigmoid': a channel is there with a probability of 0.92 at first and gone at 0.1, both as in
-# the authors' code. Above 0.993 float32 would round a logit's small steps away.
+# Logits of 'sigmoid': a channel is there with a probability of 0.92 at first and gone at 0.1, both
+# as in the authors' code. Above 0.993 float32 would round a logit's small steps away.
 INITIAL, SHUT, TOP = 2.5, -float(np.log(9.0)), 5.0
+# The logit is so many times the parameter: the factor for which a gate closes, at first, by a total
+# threshold of 1, as an explicit gate does. Otherwise it would take a pressure thirty times as high,
+# under which what the loss says about a channel counts for nothing.
+GAIN = float(np.sqrt(2 * (np.sinh(INITIAL) + INITIAL - np.sinh(SHUT) - SHUT)))
 TEMPERATURE = 0.5
 # Closed logits, and open ones that nothing presses, keep so far away from `SHUT` that rounding in
 # `old + (new - old)` takes none across.
@@ -182,11 +186,11 @@ def fold(gates: Gates, params: Any, key: jax.Array | None = None) -> Any:
     A pure function, to be differentiated through: called in each step of training, in evaluation,
     and once when the search is over. A closed gate makes its channel exactly zero.
 
-    An explicit gate is the factor. A 'sigmoid' gate with logit a is, in training, a sample of the
-    Logistic-Sigmoid distribution, σ((a + L) / 0.5) with L from the logistic distribution, one for
-    each unit; without a key it is the probability σ(a), as in the authors' code (which closes at
-    σ(a) ≤ ½). In both it is 0 from σ(a) ≤ 0.1 on. So what is evaluated is the network that the
-    search hands on, and a channel that goes was at zero before.
+    An explicit gate s is the factor. A 'sigmoid' gate with the logit a = GAIN · s is, in training,
+    a sample of the Logistic-Sigmoid distribution for each unit, σ((a + L) / 0.5) with L from the
+    logistic distribution; without a key it is the probability σ(a), as in the authors' code (which
+    has 0 for σ(a) ≤ ½). With and without, it is 0 for σ(a) ≤ 0.1. So what is evaluated is the
+    network that the search hands on, and a channel that goes was at zero before.
 
     Args:
       gates: what `find` returned.
@@ -249,8 +253,8 @@ def effort(gates: Gates, params: Any, coupling: str = 'max') -> dict[str, jax.Ar
 
     The total threshold that `shrink` needs to bring a unit to zero if nothing pulls it back, which
     is exactly 0 for a closed one. It ranks units as well. For the coupling 'max' it is the sum of a
-    unit's scales, for 'mean' the largest times their number, for 'l2' their norm. For a logit it is
-    F(a) - F(shut) with F(a) = 2 (sinh a + a), the integral of 1 / σ'(a).
+    unit's scales, for 'mean' the largest times their number, for 'l2' their norm. For a logit a it
+    is (F(a) - F(SHUT)) / GAIN² with F(a) = 2 (sinh a + a), the integral of 1 / σ'(a).
     """
     return {
         name: _flow(gate, coupling).effort(_values(gate.scales, params))
@@ -276,9 +280,10 @@ def shrink(
         magnitudes, each of which the step lowers by threshold / k. 'l2' is their norm; the
         step scales all by max(0, 1 - threshold / norm). (Parikh and Boyd 2014, Proximal Algorithms,
         section 6.5.) An explicit gate is a single scale. A 'sigmoid' gate is the probability
-        σ(a); its penalty is not convex, so instead of a proximal step it takes the gradient flow
-        da/dt = -σ'(a) for the time `threshold`, exactly: the new effort is the old one less the
-        threshold. Without a threshold it stays open, whatever the optimizer did to it.
+        σ(a) with the logit a = GAIN · s; its penalty is not convex, so instead of a proximal step
+        it takes the gradient flow ds/dt = -dσ/ds for the time `threshold`, exactly: the new
+        effort is the old one less the threshold. At a threshold of zero it stays open, whatever
+        the optimizer did to it.
 
     Returns:
       The parameters, new scales and biases in them.
@@ -334,30 +339,33 @@ def _shrink_l2(values: jax.Array, threshold: jax.Array) -> jax.Array:
     return values * jnp.maximum(0.0, 1.0 - threshold / jnp.maximum(norm, 1e-30))
 
 
-def _sigmoid_effort(logits: jax.Array) -> jax.Array:
-    logits = jnp.clip(logits[0], SHUT, TOP)
-    return jnp.where(logits <= SHUT, 0.0, 2 * (jnp.sinh(logits) + logits) - _SHUT_EFFORT)
+def _sigmoid_effort(values: jax.Array) -> jax.Array:
+    logits = jnp.clip(GAIN * values[0], SHUT, TOP)
+    return jnp.where(logits <= SHUT, 0.0, (_integral(logits) - _SHUT_INTEGRAL) / GAIN**2)
 
 
-def _shrink_sigmoid(logits: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Solves F(a) - F(a - d) = threshold, F(a) = 2 (sinh a + a), for the way d."""
-    effort = _sigmoid_effort(logits)
+def _integral(logits: Any) -> Any:
+    return 2 * (jnp.sinh(logits) + logits)
+
+
+def _shrink_sigmoid(values: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Solves F(a) - F(a - d) = GAIN² · threshold, F(a) = 2 (sinh a + a), for the way d."""
+    effort = _sigmoid_effort(values)
     closes = (threshold > 0) & (threshold >= effort)
     lowest = jnp.where(threshold > 0, SHUT, SHUT + MARGIN)
-    start = jnp.clip(logits, SHUT, TOP)
-    threshold = jnp.minimum(threshold, effort)
-    goal = 2 * (jnp.sinh(start) + start) - threshold
+    start = jnp.clip(GAIN * values, SHUT, TOP)
+    due = GAIN**2 * jnp.minimum(threshold, effort)
     # From the far side of the solution, where Newton's steps all lead towards it: F is odd, convex
     # above zero, and more than 2 sinh there. In terms of d, so that short ways are not rounded off.
-    way = start - jnp.arcsinh(goal / 2)
+    way = start - jnp.arcsinh((_integral(start) - due) / 2)
     for _ in range(5):
         # F(a) - F(a - d), without the difference of large numbers.
         done = 2 * way + 4 * jnp.cosh(start - way / 2) * jnp.sinh(way / 2)
-        way = way - (done - threshold) / (2 + 2 * jnp.cosh(start - way))
-    return jnp.where(closes, SHUT - MARGIN, jnp.maximum(start - way, lowest))
+        way = way - (done - due) / (2 + 2 * jnp.cosh(start - way))
+    return jnp.where(closes, SHUT - MARGIN, jnp.maximum(start - way, lowest)) / GAIN
 
 
-_SHUT_EFFORT = 2 * (float(np.sinh(SHUT)) + SHUT)
+_SHUT_INTEGRAL = 2 * (float(np.sinh(SHUT)) + SHUT)
 _FLOWS = {
     'max': _Flow(lambda values: jnp.abs(values).sum(0), _shrink_max),
     'mean': _Flow(lambda values: len(values) * jnp.abs(values).max(0), _shrink_mean),
@@ -378,7 +386,8 @@ class _Multiplier(NamedTuple):
     factor: Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
-def _sigmoid_factor(logits: jax.Array, key: jax.Array | None) -> jax.Array:
+def _sigmoid_factor(vector: jax.Array, key: jax.Array | None) -> jax.Array:
+    logits = GAIN * vector
     if key is None:
         opened = jax.nn.sigmoid(logits)
     else:
@@ -389,7 +398,7 @@ def _sigmoid_factor(logits: jax.Array, key: jax.Array | None) -> jax.Array:
 
 _MULTIPLIERS = {
     'explicit': _Multiplier(1.0, lambda vector, key: vector),
-    'sigmoid': _Multiplier(INITIAL, _sigmoid_factor),
+    'sigmoid': _Multiplier(INITIAL / GAIN, _sigmoid_factor),
 }
 
 

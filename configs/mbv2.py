@@ -78,7 +78,10 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             'learning_rate': 0.02,
             'final_fraction': 0.2,
             'ramp': 0.8,  # share of the search in which the cost falls to the budget
-            'coupling': 'max',
+            # What closes: 'norm', the scales of norms and numbers of its own where no norm would
+            # do; 'explicit', such numbers throughout; 'sigmoid', random ones (FiGS).
+            'gates': 'norm',
+            'coupling': 'max',  # of several norms: their largest scale, or the 'mean', or 'l2'
             'shrink': 0.7,  # cut when less than this share of what is computed is alive; 0 never
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }

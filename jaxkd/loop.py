@@ -14,8 +14,7 @@ import numpy as np
 import optax
 
 from jaxkd import checkpoint, errors, train, watch
-from jaxkd.graph import cut
-from jaxkd.graph.trace import Graph, Keep
+from jaxkd.graph.trace import Keep
 
 
 class Setup(NamedTuple):
@@ -48,10 +47,12 @@ class Network(NamedTuple):
     Attributes:
       model: the module.
       after: gradient transformations after the optimizer's.
+      fold: makes the parameters that the model sees of those that are trained.
     """
 
     model: nn.Module
     after: tuple[optax.GradientTransformation, ...] = ()
+    fold: train.Fold | None = None
 
 
 def length(config: ml_collections.ConfigDict, size: int) -> int:
@@ -79,8 +80,8 @@ def fit(
     teacher: tuple[nn.Module, Any] | None = None,
     memory: Any = None,
     steer: Callable[[int, train.TrainState, Any], tuple[Any, Mapping[str, Any]]] | None = None,
-    graph: Graph | None = None,
     kept: Callable[[Any], Keep | None] = lambda memory: None,
+    narrow: Callable[[Any, Keep, Keep], Any] | None = None,
 ) -> tuple[train.TrainState, Any]:
     """Trains for a stage's number of steps, from where its last checkpoint was left.
 
@@ -95,9 +96,9 @@ def fit(
       memory: what `steer` remembers, a pytree that checkpoints hold.
       steer: called before each step as `(steps done, state, memory)`; returns the next memory and
         further arguments of the optimizer's update.
-      graph: of the network that the stage begins with, where it may be cut.
       kept: from the memory, the units that the network has. Where these become others (which their
         identity tells), the state is cut and the step compiled anew.
+      narrow: cuts, called as `(tree, units to keep, units that there are)`.
 
     Returns:
       The last state, and the last memory. If the stage was finished before, nothing is trained.
@@ -123,6 +124,7 @@ def fit(
             seed=setup.config.seed,
             ema_decay=config.ema_decay,
             teacher=teacher_model,
+            fold=network.fold,
         )
         return train_step, train.make_eval_step(network.model, setup.preprocessing, setup.mesh)
 
@@ -133,7 +135,7 @@ def fit(
     def restored(tree: Mapping[str, Any]) -> tuple[train.TrainState, Any]:
         parts = {part: checkpoint.part(tree, part) for part in ('state', 'memory')}
         known = checkpoint.from_tree(memory, parts['memory'], folder)
-        template = _narrow(graph, state, kept(known), keep)
+        template = narrow(state, kept(known), keep) if narrow else state
         then = checkpoint.from_tree(template, parts['state'], folder)
         return train.replicate(then, setup.mesh), known
 
@@ -176,10 +178,11 @@ def fit(
             if steer:
                 memory, extra = steer(step - 1, state, memory)
                 if kept(memory) is not keep:
-                    state = _narrow(graph, state, kept(memory), keep)
+                    state = narrow(state, kept(memory), keep)
                     state = train.replicate(state, setup.mesh)
                     keep = kept(memory)
-                    train_step, eval_step = steps_of(network(keep))
+                    current = network(keep)
+                    train_step, eval_step = steps_of(current)
             state, metrics = train_step(state, batch, teacher_variables, extra)
             pending.append(metrics)
             end_of_epoch = step % per_epoch == 0 or step == steps
@@ -206,6 +209,8 @@ def fit(
             if end_of_epoch:
                 # Averages lag behind a network whose channels are being closed.
                 evaluated = train.variables(state) if steer else train.averaged(state)
+                if current.fold:
+                    evaluated |= {'params': current.fold(evaluated['params'], None)}
                 validation = train.evaluate(
                     eval_step, evaluated, setup.validation, config.batch_size, setup.mesh
                 )
@@ -230,11 +235,6 @@ def seconds(setup: Setup) -> dict[str, float]:
     return {
         name: checkpoint.Stage(setup.workdir / name).result()[1]['seconds'] for name in setup.stages
     }
-
-
-def _narrow(graph: Graph | None, state: Any, keep: Keep | None, among: Keep | None) -> Any:
-    """A state of the network with the units `among`, for what is to be left of it."""
-    return state if keep is among else cut.cut(graph, state, keep, among=among)
 
 
 def _means(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:

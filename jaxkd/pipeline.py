@@ -28,15 +28,22 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
 from jaxkd.search import control, criteria, learn, penalty, rounds
+from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # The stages that train, and what one of their steps costs beside the teacher's, for the ETA.
 STAGES = {'teacher': 1.0, 'search': 1.3, 'distil': 0.9}
 # How a structure is found: by gates, with the teacher or without, or by one of the criteria.
 LEARNED = ('learn', 'morphnet')
-METHODS = (*LEARNED, *criteria.CRITERIA)
-# What the distillation starts from: the weights of the search, or new ones.
-INITIAL = ('search', 'scratch')
+# What the words in a config may be.
+CHOICES = {
+    'search': {
+        'method': (*LEARNED, *criteria.CRITERIA),
+        'gates': gating.KINDS,
+        'coupling': gating.COUPLINGS,
+    },
+    'distil': {'init': ('search', 'scratch')},
+}
 # Batches that a criterion looks at, where it needs data.
 EVIDENCE = 8
 # How often inference is timed, the networks taking turns.
@@ -122,10 +129,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
     """Builds the model, traces it, and refuses what cannot be, before anything is trained."""
     info = data.info(config.data.name)
-    for field, allowed in {'search.method': METHODS, 'distil.init': INITIAL}.items():
-        stage, name = field.split('.')
-        if config[stage][name] not in allowed:
-            raise errors.ConfigError(field, config[stage][name], allowed=allowed)
+    for stage, choices in CHOICES.items():
+        for field, allowed in choices.items():
+            if config[stage][field] not in allowed:
+                raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
     try:
@@ -147,9 +154,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = blocking.measured(graph, config.budget.get('latency'))
     budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
     # A budget that no choice can meet is refused now.
-    learned = config.search.method in LEARNED
-    units = learn.find_gates(graph) if learned else (g.name for g in graph.groups if not g.frozen)
-    select(config, graph, {name: np.ones(graph.sizes[name]) for name in units})
+    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.movable(graph)})
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -198,6 +203,7 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         steps=steps,
         learning_rate=schedule,
         ramp=config.ramp,
+        gates=config.gates,
         coupling=config.coupling,
         shrink=config.shrink,
         blocks=blocking.pairs(setup.config.blocks),
@@ -208,7 +214,9 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
     def network(keep: tracing.Keep) -> loop.Network:
         found = body(keep)
         paid = penalty.proximal(found.gates, schedule, config.coupling)
-        return loop.Network(found.module, (paid,))
+        return loop.Network(found.module, (paid,), functools.partial(gating.fold, found.gates))
+
+    student = {**teacher, 'params': gating.gated(course.gates, teacher['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
         memory = learn.press(body(memory.physical), step, state.params, memory)
@@ -227,14 +235,14 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         setup,
         'search',
         network,
-        teacher,
+        student,
         _soft_loss(alpha, config.temperature),
         facts=facts,
         teacher=(plan.model, teacher),
-        memory=learn.first(whole, teacher['params']),
+        memory=learn.first(whole, student['params']),
         steer=steer,
-        graph=plan.graph,
         kept=lambda memory: memory.physical,
+        narrow=functools.partial(learn.narrow, plan.graph),
     )
     found = body(memory.physical)
     scores = learn.efforts(found, state.params)
@@ -287,8 +295,8 @@ def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, t
         teacher=(plan.model, teacher),
         memory=graph.keep_all(),
         steer=steer,
-        graph=graph,
         kept=lambda keep: keep,
+        narrow=functools.partial(cut.cut, graph),
     )
     return cut.restore(graph, train.variables(state), keep, teacher), keep
 

@@ -17,6 +17,8 @@ from jaxkd import cpu, data
 
 P = sharding.PartitionSpec
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+# (trained parameters, key in training or None) → the parameters that the model is applied to.
+Fold = Callable[[Any, jax.Array | None], Any]
 
 
 class TrainState(NamedTuple):
@@ -162,11 +164,13 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     teacher: nn.Module | None = None,
+    fold: Fold | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A step `(state, batch, teacher_variables, extra) -> state, metrics`.
 
     `batch` is what `batches` yields. `teacher_variables` are {} without a teacher; the teacher
     runs in eval mode and sees the student's view. `extra` are further arguments of `tx.update`.
+    `fold` makes the parameters that the model sees of those that are trained.
     Metrics are float32 []: the batch's mean loss and accuracy. The state is donated.
 
     The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
@@ -188,6 +192,8 @@ def make_train_step(
             teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
 
             def objective(params):
+                if fold:
+                    params = fold(params, jax.random.fold_in(dropout_key, 0))
                 logits, new = model.apply(
                     _variables(params, state.batch_stats),
                     inputs,

@@ -1,6 +1,9 @@
 """Learning a structure by one call, and in a loop of one's own."""
 
+import functools
+
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import nets
@@ -11,22 +14,29 @@ from sklearn import datasets
 
 import jaxkd
 from jaxkd import distill
-from jaxkd.search import learn, penalty
+from jaxkd.search import gates, learn, penalty
 
 STEPS = 150
 
 
 class Net(nn.Module):
-    norm: bool = True
+    """Three convolutions, the last beside a shortcut."""
+
+    norms: tuple[str, str, str] = ('batch', 'batch', 'batch')
 
     @nn.compact
     def __call__(self, x, train=False):
-        def layer(x, features, **kwargs):
+        def layer(x, features, norm, **kwargs):
             x = nn.Conv(features, (3, 3), **kwargs)(x)
-            return nn.relu(nn.BatchNorm(not train, momentum=0.9)(x) if self.norm else x)
+            if norm == 'batch':
+                x = nn.BatchNorm(not train, momentum=0.9)(x)
+            if norm == 'group':
+                x = nn.GroupNorm(num_groups=None, group_size=2)(x)
+            return nn.relu(x)
 
-        x = layer(layer(x, 32), 48, strides=2)
-        return nn.Dense(10)((x + layer(x, 48)).mean((1, 2)))
+        first, second, third = self.norms
+        x = layer(layer(x, 32, first), 48, second, strides=2)
+        return nn.Dense(10)((x + layer(x, 48, third)).mean((1, 2)))
 
 
 MODEL = Net()
@@ -41,8 +51,8 @@ def batches(seed=0):
         yield {'image': (images[chosen] / 16).reshape(-1, 8, 8, 1), 'label': labels[chosen]}
 
 
-def loss(variables, batch):
-    logits, changed = MODEL.apply(variables, batch['image'], train=True, mutable=['batch_stats'])
+def loss(variables, batch, apply=MODEL.apply):
+    logits, changed = apply(variables, batch['image'], train=True, mutable=['batch_stats'])
     hard = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     return hard.mean(), changed
 
@@ -188,16 +198,125 @@ def test_cutting_while_searching_changes_nothing(teacher, capsys):
     nets.assert_same(logits, logits_cut, 1e-6)
 
 
+def _slices(gate):
+    return gate.closes or [(scale.path, 0, scale.positions) for scale in gate.scales]
+
+
+def _open(graph, gate, variables):
+    """Which units have a parameter that is not zero among those that their gate closes."""
+    leaves = traverse_util.flatten_dict(variables['params'])
+    return np.any(
+        [
+            np.any(
+                np.moveaxis(leaves[path], axis, 0)[positions],
+                axis=tuple(range(1, leaves[path].ndim + 1)),
+            )
+            for path, axis, positions in _slices(gate)
+        ],
+        axis=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ('norms', 'kind', 'closed'),
+    [
+        (('', '', ''), 'norm', ['Conv_0', 'Conv_1', 'Conv_2']),
+        (('group', 'group', 'group'), 'norm', ['GroupNorm_0', 'GroupNorm_1', 'GroupNorm_2']),
+        (('batch', '', 'batch'), 'norm', ['BatchNorm_0', 'BatchNorm_1', 'Conv_1']),
+        (('batch', 'batch', 'batch'), 'explicit', ['BatchNorm_0', 'BatchNorm_1', 'BatchNorm_2']),
+        (('batch', '', 'batch'), 'sigmoid', ['BatchNorm_0', 'BatchNorm_1', 'Conv_1']),
+    ],
+)
+def test_a_closed_channel_is_gone_whatever_its_gate(norms, kind, closed):
+    model = Net(norms)
+    variables = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+    graph = jaxkd.trace(model, variables, IMAGES, train=False)
+    found = gates.find(graph, kind)
+    assert sorted({path[0] for gate in found.values() for path, *_ in _slices(gate)}) == closed
+
+    result = jaxkd.learn_structure(
+        model,
+        variables,
+        functools.partial(loss, apply=model.apply),
+        batches(),
+        IMAGES,
+        steps=60,
+        flops=0.5,
+        gates=kind,
+        train=False,
+    )
+    small = result.small
+    # Two of the second convolution's channels, a unit of GroupNorm, cost 4 % of the network.
+    assert 0.45 < small.structure.compact['flops'] / small.structure.full['flops'] <= 0.5
+    assert jax.tree.structure(result.variables) == jax.tree.structure(variables)
+    # The units with closed gates can go, and nothing jumps: neither in evaluation nor in training.
+    keep = {name: _open(graph, gate, result.variables) for name, gate in found.items()}
+    assert graph.cost(keep).flops <= 0.55 * graph.cost().flops
+    small = jaxkd.compact(graph, result.variables, keep)
+    batch = next(batches())
+    nets.assert_same(
+        model.apply(result.variables, batch['image']), small.apply(small.variables, batch['image'])
+    )
+    before, _ = loss(result.variables, batch, model.apply)
+    after, _ = loss(small.variables, batch, small.apply)
+    np.testing.assert_allclose(before, after, rtol=1e-5)
+
+
+def test_gates_are_carried_folded_and_cut_with_the_parameters():
+    model = Net(('batch', '', ''))
+    variables = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+    graph = jaxkd.trace(model, variables, IMAGES, train=False)
+    search = jaxkd.Search(graph, variables['params'], steps=5, learning_rate=0.1, flops=0.5)
+    with pytest.raises(jaxkd.ConfigError, match='search.gated'):
+        search.before(0, variables['params'])
+    params = search.gated(variables['params'])
+    nets.assert_same(search.fold(params), variables['params'])
+    number = np.linspace(-1, 1, 48, dtype=np.float32)
+    params[gates.KEY]['Conv_1:gate'] = jnp.array(number)
+    assert search.gated(params)[gates.KEY]['Conv_1:gate'] is params[gates.KEY]['Conv_1:gate']
+    # Multiplying the parameters multiplies the channels, and their gradient reaches the gates.
+    folded = search.fold(params)
+    for layer in ('Conv_1', 'Conv_2'):
+        for leaf in ('kernel', 'bias'):
+            nets.assert_same(folded[layer][leaf], number * params[layer][leaf])
+    batch = next(batches())
+
+    def value(params):
+        return loss({**variables, 'params': search.fold(params)}, batch, model.apply)[0]
+
+    gradient = jax.grad(value)(params)[gates.KEY]['Conv_1:gate']
+    assert np.count_nonzero(gradient) > 40
+
+    keep = {'Conv_0': np.arange(32) < 9, 'Conv_1': number > 0}
+    momentum = optax.trace(0.9).init(params)
+    for tree in (params, momentum.trace):
+        cut = gates.cut(jaxkd.cut(graph, tree, keep), keep)
+        assert cut[gates.KEY]['Conv_1:gate'].shape == (24,)
+        assert cut['Conv_1']['kernel'].shape == (3, 3, 9, 24)
+    assert gates.cut(momentum, keep).trace[gates.KEY]['Conv_1:gate'].shape == (24,)
+
+
 def test_what_cannot_be_searched_is_refused(teacher):
     def learn(model, variables, source, **budget):
         return jaxkd.learn_structure(
             model, variables, loss, source, IMAGES, steps=3, train=False, **budget
         )
 
-    bare = Net(norm=False)
-    variables = bare.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
-    with pytest.raises(jaxkd.GraphError, match='has a BatchNorm.*jaxkd.prune needs none'):
-        learn(bare, variables, batches(), flops=0.5)
+    linear = nn.Dense(10)
+    with pytest.warns(UserWarning), pytest.raises(jaxkd.GraphError, match='of Dense can be cut'):
+        jaxkd.learn_structure(
+            linear,
+            linear.init(jax.random.key(0), jnp.zeros((1, 64))),
+            loss,
+            batches(),
+            jax.ShapeDtypeStruct((1, 64), jnp.float32),
+            steps=3,
+            flops=0.5,
+        )
+    with pytest.raises(jaxkd.ConfigError, match='gates is .norms.*did you mean norm'):
+        learn(MODEL, teacher, batches(), flops=0.5, gates='norms')
+    with pytest.raises(jaxkd.ConfigError, match='coupling is .sum.* max, mean, l2'):
+        learn(MODEL, teacher, batches(), flops=0.5, coupling='sum')
     with pytest.raises(jaxkd.ConfigError, match='ended after 2 of 3 steps'):
         learn(MODEL, teacher, [b for _, b in zip(range(2), batches(), strict=False)], flops=0.5)
     with pytest.raises(jaxkd.ConfigError, match='give flops=, params='):

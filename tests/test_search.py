@@ -69,10 +69,11 @@ def _with_scales(variables, **scales):
 def test_gates_are_the_scales_of_a_group(chain):
     graph, _ = chain
     found = gates.find(graph)
-    assert {name: [gate.layer for gate in group] for name, group in found.items()} == {
-        'one': [('one_bn',)],
-        'two': [('two_bn',)],
+    assert {name: [scale.path for scale in gate.scales] for name, gate in found.items()} == {
+        'one': [('one_bn', 'scale')],
+        'two': [('two_bn', 'scale')],
     }
+    assert gates.fold(found, graph.variables['params']) is graph.variables['params']  # no others
     residual, variables = _traced(Residual())
     params = _with_scales(variables, one_bn=[1.0, -2.0, 0.0], two_bn=[3.0, 0.5, 0.0])
     found = gates.find(residual)
@@ -81,12 +82,16 @@ def test_gates_are_the_scales_of_a_group(chain):
     chex.assert_trees_all_close(
         gates.effort(found, params, 'l2')['one'], np.array([10**0.5, 4.25**0.5, 0.0]), rtol=1e-6
     )
+    chex.assert_trees_all_close(
+        gates.effort(found, params, 'mean')['one'], np.array([6.0, 4.0, 0.0])
+    )
 
 
 def test_shrink_lowers_the_largest_scales_first():
     """Scales (3, 1), threshold 1: 3 → 2. Threshold 3: both at θ with (3-θ)+(1-θ) = 3: ½.
 
-    Threshold 4 closes. For 'l2', scales (3, 4) with threshold 1 shrink by 1 - 1/5.
+    Threshold 4 closes. For 'l2', scales (3, 4) with threshold 1 shrink by 1 - 1/5; for 'mean', with
+    threshold 2, both by 1, and with 8 the larger of them closes as well.
     """
     graph, variables = _traced(Residual())
     found = gates.find(graph)
@@ -102,24 +107,70 @@ def test_shrink_lowers_the_largest_scales_first():
     shrunk = gates.shrink(found, params, {'one': np.array([1.0, np.inf, 1.0])}, 'l2')
     chex.assert_trees_all_close(shrunk['one_bn']['scale'], np.array([2.4, 0.0, 0.0]), atol=1e-6)
 
+    shrunk = gates.shrink(found, params, {'one': np.array([2.0, 8.0, np.inf])}, 'mean')
+    chex.assert_trees_all_close(shrunk['one_bn']['scale'], np.array([2.0, 0.0, 0.0]), atol=1e-6)
+    chex.assert_trees_all_close(shrunk['two_bn']['scale'], np.array([3.0, 0.0, 0.0]), atol=1e-6)
+
+
+def test_logits_flow_down_to_the_bound():
+    """F(a) = 2 (sinh a + a), and logits are shut at -ln 9: F(0) = 0, F(-ln 9) = -(80/9 + 4 ln 3).
+
+    Efforts are such differences over GAIN², so that the first is 1. From logit 0 that is 80/9
+    + 4 ln 3 = 13.28; from 2 to 1 it is 2 (sinh 2 + 2) - 2 (sinh 1 + 1).
+    """
+    graph, variables = _traced(Chain())
+    found = gates.find(graph, 'sigmoid')
+    params = gates.gated(found, variables['params'])
+    chex.assert_trees_all_close(gates.effort(found, params)['two'], np.ones(6), rtol=1e-5)
+    key, name = found['one'].scales[0].path
+    shut, two = 80 / 9 + 4 * np.log(3), 2 * (np.sinh(2) + 2)
+
+    def step(params, thresholds):
+        thresholds = np.array(thresholds) / gates.GAIN**2
+        return gates.shrink(found, params, {'one': thresholds, 'two': np.zeros(6)})
+
+    params[key][name] = jnp.array([0.0, 2.0, 2.0, 100.0]) / gates.GAIN
+    effort = gates.effort(found, params)['one'] * gates.GAIN**2
+    chex.assert_trees_all_close(effort[:3], np.array([shut, shut + two, shut + two]), rtol=1e-5)
+    assert np.isfinite(effort[3])
+    after = step(params, [shut - 1, two - 2 * (np.sinh(1) + 1), 1e-4, np.inf])
+    logits = after[key][name] * gates.GAIN
+    chex.assert_trees_all_close(logits[1], 1.0, atol=1e-5)
+    np.testing.assert_allclose(2.0 - logits[2], 1e-4 / (2 + 2 * np.cosh(2)), rtol=0.05)
+    assert logits[0] > gates.SHUT > logits[3]
+    effort = gates.effort(found, after)['one'] * gates.GAIN**2
+    chex.assert_trees_all_close(effort[0], 1.0, atol=1e-4)
+    assert effort[3] == 0.0
+    closed = step(after, [1.01, 0, 0, np.inf])
+    assert gates.effort(found, closed)['one'][0] == 0.0
+    # Gone in training as in evaluation; the others are open by their probability, or about that.
+    sampled, expected = (
+        gates.fold(found, closed, key)['one_bn']['scale'] for key in (jax.random.key(0), None)
+    )
+    for scale in (sampled, expected):
+        assert scale[0] == scale[3] == 0.0 and (scale[1:3] != 0).all()
+    chex.assert_trees_all_close(expected[1], 1 / (1 + np.exp(-logits[1])), rtol=1e-6)
+
 
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.floats(0, 4), min_size=2, max_size=2), st.floats(0.001, 6), st.integers(0, 2**31)
 )
 def test_shrink_is_the_proximal_point(scales, threshold, seed):
-    """No other point has a smaller ½‖s - scales‖² + threshold · max|s|."""
-    graph, variables = _traced(Residual())
-    found = gates.find(graph)
-    params = _with_scales(variables, one_bn=[scales[0]] * 3, two_bn=[scales[1]] * 3)
-    shrunk = gates.shrink(found, params, {'one': np.full(3, threshold)})
-    point = np.array([shrunk['one_bn']['scale'][0], shrunk['two_bn']['scale'][0]], float)
+    """No other point has a smaller ½‖s - scales‖² + threshold · |gate|."""
+    one, two = (gates.Scale((name,), np.array([[0]])) for name in ('one', 'two'))
+    found = {'group': gates.Gate('norm', (one, two))}
+    params = {'one': jnp.array([scales[0]]), 'two': jnp.array([scales[1]])}
+    for coupling, norm in {'max': np.inf, 'l2': 2, 'mean': 1}.items():
+        size = threshold / 2 if coupling == 'mean' else threshold
+        shrunk = gates.shrink(found, params, {'group': np.array([threshold])}, coupling)
+        point = np.array([shrunk['one'][0], shrunk['two'][0]], float)
 
-    def objective(s):
-        return 0.5 * np.sum((s - np.array(scales)) ** 2) + threshold * np.max(np.abs(s))
+        def objective(s, norm=norm, size=size):
+            return 0.5 * np.sum((s - np.array(scales)) ** 2) + size * np.linalg.norm(s, norm)
 
-    others = point + np.random.default_rng(seed).normal(size=(200, 2)) * 0.1
-    assert all(objective(point) <= objective(other) + 1e-5 for other in others)
+        others = point + np.random.default_rng(seed).normal(size=(200, 2)) * 0.1
+        assert all(objective(point) <= objective(other) + 1e-5 for other in others)
 
 
 def test_proximal_follows_the_optimizer(chain):
@@ -325,10 +376,10 @@ def _decide(graph, state, efforts, budget, progress, **limits):
 
 
 def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
-    """At progress 0.9 and beyond the goal is 0.7·1.01 of 40 = 28.28 multiply-adds.
+    """At progress 0.9 and beyond the goal is 0.7 of 40 = 28 multiply-adds.
 
     Prices as shares of the full network: 7/40 for a's, 6/40 for b's channels. Closing b's weakest
-    two (efforts 0.3, 0.6) leaves 4+16+8 = 28 ≤ 28.28; one leaves 34. So the thresholds of the
+    two (efforts 0.3, 0.6) leaves 4+16+8 = 28; one leaves 34. So the thresholds of the
     horizon must add up to 0.6 for b: λ · 2.0 · 6/40 = 0.6, that is λ = 2.
     """
     graph, _ = chain

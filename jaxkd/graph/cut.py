@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -64,22 +64,7 @@ def cut(graph: Graph, tree: Any, keep: Keep, among: Keep | None = None) -> Any:
       GraphError: where a leaf stands at a variable's path but is neither a scalar nor of its shape.
     """
 
-    def shrink(leaf, axis_masks):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            shape = list(leaf.shape)
-            for axis, alive in axis_masks.items():
-                shape[axis] = int(alive.sum())
-            return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-        array = np.asarray(leaf)  # numpy: jnp.take would compile once for every shape
-        for axis, alive in axis_masks.items():
-            array = np.compress(alive, array, axis=axis)
-        if not isinstance(leaf, jax.Array):
-            return array
-        # An axis that is cut need not split evenly over devices any more.
-        whole = leaf.sharding.is_fully_replicated
-        return jax.device_put(array, leaf.sharding if whole else None)
-
-    return _change(graph, tree, keep, shrink, among=among)
+    return _change(graph, tree, keep, take, among=among)
 
 
 def restore(graph: Graph, tree: Any, keep: Keep, into: Any) -> Any:
@@ -98,6 +83,23 @@ def restore(graph: Graph, tree: Any, keep: Keep, into: Any) -> Any:
         return leaf
 
     return _change(graph, into, keep, put, tree)
+
+
+def take(leaf: Any, alive: Mapping[int, np.ndarray]) -> Any:
+    """An array or `jax.ShapeDtypeStruct` without what is not alive: bool [axis size] by axis."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = list(leaf.shape)
+        for axis, keep in alive.items():
+            shape[axis] = int(keep.sum())
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    array = np.asarray(leaf)  # numpy: jnp.take would compile once for every shape
+    for axis, keep in alive.items():
+        array = np.compress(keep, array, axis=axis)
+    if not isinstance(leaf, jax.Array):
+        return array
+    # An axis that is cut need not split evenly over devices any more.
+    whole = leaf.sharding.is_fully_replicated
+    return jax.device_put(array, leaf.sharding if whole else None)
 
 
 def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
@@ -136,7 +138,7 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
     keep = graph.complete(keep)
     inexact = {g.name: np.ones(g.size, bool) for g in graph.groups if g.inexact}
     if not all(keep[name].all() for name in inexact):
-        variables, inputs = _random(graph, seed)
+        variables, inputs = random_arguments(graph, seed)
         _run_compact(graph, keep, variables, inputs)
         keep |= inexact
     difference = _measure(graph, keep, seed)
@@ -192,7 +194,7 @@ def rehearse(graph: Graph, *, seed: int = 0) -> None:
     verify(graph, keep, seed=seed)
 
 
-def _random(graph: Graph, seed: int) -> tuple[Any, Any]:
+def random_arguments(graph: Graph, seed: int) -> tuple[Any, Any]:
     """Variables and inputs of the full network; two examples say as much as a large batch."""
     random = np.random.default_rng(seed)
     variables = jax.tree.map(lambda leaf: random_leaf(random, leaf), graph.variables)
@@ -235,7 +237,7 @@ def where(error: Exception) -> tuple[str, str]:
 
 
 def _difference(graph: Graph, keep: Keep, seed: int, precise: bool = False) -> float:
-    variables, inputs = _random(graph, seed)
+    variables, inputs = random_arguments(graph, seed)
     with futures.ThreadPoolExecutor(2) as pool:  # XLA compiles the two side by side
         runs = (
             pool.submit(_run, _full(graph, inputs), mask(graph, variables, keep), inputs, precise),

@@ -22,8 +22,6 @@ from jaxkd.search import blocks as blocking
 GROWTH = np.e
 EXCESS = 0.05
 BOUNDS = (0.1, 1000.0)
-# The search stops pressing a little above the budget: `select` takes the last per cent, by rank.
-MARGIN = 0.01
 
 
 class State(NamedTuple):
@@ -105,7 +103,7 @@ def decide(
     corrections, penalties = state.correction.copy(), np.zeros(len(budgets))
     strength = {name: np.zeros(len(e)) for name, e in efforts.items()}
     for i, budget in enumerate(budgets):
-        goal = budget.most * (1 + MARGIN) / budget.full
+        goal = budget.most / budget.full
         error = budget.share(cost) / schedule(progress, goal) - 1
         growth = np.clip(error / EXCESS, -1, 1) * period / horizon
         corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)

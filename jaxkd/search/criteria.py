@@ -111,16 +111,16 @@ def bn_scale(graph: Graph, variables: Any, evidence: Evidence | None = None) -> 
       GraphError: for a network without BatchNorm.
     """
     del evidence
-    gates = gating.find(graph)
-    if not gates:
+    norms = gating.batch_norms(graph)
+    if not norms:
         raise errors.GraphError(
             'the criterion bn_scale needs BatchNorm scales, and no channel group has one; '
             "criterion='l1' needs none"
         )
     params = tracing.plain(variables)['params']
     return {
-        name: np.asarray(gating.scales(group, params), np.float64).mean(0)
-        for name, group in gates.items()
+        name: np.asarray(gating.magnitudes(scales, params), np.float64).mean(0)
+        for name, scales in norms.items()
     }
 
 
@@ -362,16 +362,15 @@ def _watched(graph: Graph) -> dict[str, list[_Place]]:
     for group in graph.groups:
         for member, _ in _makers(group):
             made.setdefault(member.path, set()).add(member.axis)
-    norms = gating.find(graph)
+    norms = gating.batch_norms(graph)
     places = {}
     for group in graph.groups:
         if group.frozen:
             continue
         found = []
-        for gate in norms.get(group.name, ()):
-            layer = '/'.join(gate.layer)
-            size = shapes[f'params/{layer}/scale'].shape[0]
-            found.append(_Place(layer, -1, size, gate.positions))
+        for scale in norms.get(group.name, ()):
+            size = shapes['/'.join(('params', *scale.path))].shape[0]
+            found.append(_Place('/'.join(scale.path[:-1]), -1, size, scale.positions))
         if not found:
             for member, positions in _makers(group):
                 # A kernel's output axes, in their order, are the last of the layer's output. They

@@ -15,9 +15,10 @@ from jaxkd import cpu, errors
 from jaxkd.graph import cut
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
-from jaxkd.graph.trace import Graph, plain
+from jaxkd.graph.trace import Graph, Keep, plain
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, gates, penalty
+from jaxkd.search import control, penalty
+from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # Rounds of control on the way down to the budget, and how much of the way λ looks ahead.
@@ -40,7 +41,7 @@ class Course(NamedTuple):
     """
 
     graph: Graph
-    gates: gates.Gates
+    gates: gating.Gates
     limits: Mapping[str, blocking.Limits]
     budgets: list[blocking.Budget]
     rates: np.ndarray
@@ -56,6 +57,7 @@ def course(
     steps: int,
     learning_rate: optax.ScalarOrSchedule,
     ramp: float = 0.8,
+    gates: str = 'norm',
     coupling: str = 'max',
     shrink: float = 0.0,
     blocks: blocking.Blocks = (),
@@ -64,10 +66,13 @@ def course(
     """Plans a search of `steps` steps, of which the share `ramp` takes the cost to the budget.
 
     Raises:
-      GraphError: for a network without gates.
-      ConfigError: for blocks or budgets that cannot be.
+      GraphError: for a network of which nothing can be cut.
+      ConfigError: for gates, couplings, blocks or budgets that cannot be.
     """
-    found = find_gates(graph)
+    if coupling not in gating.COUPLINGS:
+        raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
+    movable(graph)
+    found = gating.find(graph, gates)
     down = max(1, round(ramp * steps))
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return Course(
@@ -83,15 +88,15 @@ def course(
     )
 
 
-def find_gates(graph: Graph) -> gates.Gates:
-    """The network's gates; GraphError if it has none."""
-    found = gates.find(graph)
-    if not found:
+def movable(graph: Graph) -> list[str]:
+    """The channel groups that can be cut, which have gates; GraphError if there is none."""
+    names = [group.name for group in graph.groups if not group.frozen]
+    if not names:
         raise errors.GraphError(
-            f'no channel group of {type(graph.model).__name__} that can be cut has a BatchNorm, '
-            'whose scale would be its gate; jaxkd.prune needs none'
+            f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
+            'jaxkd.trace(…).frozen'
         )
-    return found
+    return names
 
 
 class Body(NamedTuple):
@@ -108,7 +113,7 @@ class Body(NamedTuple):
     course: Course
     keep: dict[str, np.ndarray]
     module: nn.Module
-    gates: gates.Gates
+    gates: gating.Gates
     effort: Callable[[Any], dict[str, jax.Array]]
 
 
@@ -117,9 +122,9 @@ def body(course: Course, keep: dict[str, np.ndarray]) -> Body:
     graph = course.graph
     found, module = course.gates, graph.model
     if not all(alive.all() for alive in keep.values()):
-        found = gates.narrow(graph, found, keep)
+        found = gating.narrow(graph, found, keep)
         module, _ = cut.narrowed(graph, keep)
-    effort = jax.jit(functools.partial(gates.effort, found, coupling=course.coupling))
+    effort = jax.jit(functools.partial(gating.effort, found, coupling=course.coupling))
     return Body(course, keep, module, found, effort)
 
 
@@ -135,19 +140,23 @@ def follow(course: Course) -> Callable[[dict[str, np.ndarray]], Body]:
     return of
 
 
+def narrow(graph: Graph, tree: Any, keep: Keep, among: Keep) -> Any:
+    """Cuts a tree of a body with the units `among`, its gates too, to that with `keep`."""
+    left = {name: keep[name][units] for name, units in among.items()}
+    return gating.cut(cut.cut(graph, tree, keep, among=among), left)
+
+
 def whole(body: Body, variables: Any, into: Any) -> Any:
-    """The full network's variables: the body's, and closed gates where it has none.
+    """The full network's variables: the body's, its gates folded in, and closed ones elsewhere.
 
     Args:
       body: of the search.
       variables: the body's.
       into: variables of the full network, for what has been cut away.
     """
-    restored = cut.restore(body.course.graph, variables, body.keep, into)
-    restored = jax.tree.map(jax.numpy.asarray, restored)
-    thresholds = {name: np.where(body.keep[name], 0.0, np.inf) for name in body.course.gates}
-    params = gates.shrink(body.course.gates, restored['params'], thresholds, body.course.coupling)
-    return {**restored, 'params': params}
+    folded = {**variables, 'params': gating.fold(body.gates, variables['params'])}
+    restored = cut.restore(body.course.graph, folded, body.keep, into)
+    return {**restored, 'params': gating.close(body.course.gates, restored['params'], body.keep)}
 
 
 def efforts(body: Body, params: Any) -> dict[str, np.ndarray]:
@@ -205,12 +214,18 @@ class Search:
 
         search = jaxkd.Search(graph, params, steps=2000, learning_rate=0.02, flops=0.5)
         tx = optax.chain(optax.sgd(0.02, momentum=0.9), search.transformation)
+        params = search.gated(params)
+        opt_state = tx.init(params)
         for step in range(2000):
-            gradients = …
+            gradients = …  # in params, of the loss of search.fold(params)
             extra = search.before(step, params)
             updates, opt_state = tx.update(gradients, opt_state, params, **extra)
             params = optax.apply_updates(params, updates)
+        variables = {'params': search.fold(params), …}
         small = jaxkd.compact(graph, variables, search.keep(params))
+
+    `gated` and `fold` change nothing where norms do as gates everywhere, as in most networks with
+    BatchNorm, and may be left out there.
 
     Args:
       graph: of the network that is trained.
@@ -218,7 +233,10 @@ class Search:
       steps: length of the search.
       learning_rate: the optimizer's, a number or a schedule.
       ramp: share of the search in which the cost falls to the budget.
-      coupling: what the gate of a group with several BatchNorms is; see `gates.shrink`.
+      gates: 'norm' (the scales of norms, explicit gates where they do not do), 'explicit' or
+        'sigmoid' for all; see `jaxkd.search.gates`.
+      coupling: what the gate of a group with several norms is: 'max', 'mean' or 'l2'; see
+        `jaxkd.search.gates.shrink`.
       blocks, round_to: see `jaxkd.select`.
       **budget: see `jaxkd.select`.
 
@@ -241,6 +259,7 @@ class Search:
         steps: int,
         learning_rate: optax.ScalarOrSchedule,
         ramp: float = 0.8,
+        gates: str = 'norm',
         coupling: str = 'max',
         blocks: blocking.Blocks = (),
         round_to: int = 1,
@@ -251,6 +270,7 @@ class Search:
             steps=steps,
             learning_rate=learning_rate,
             ramp=ramp,
+            gates=gates,
             coupling=coupling,
             blocks=blocks,
             **budget,
@@ -260,9 +280,24 @@ class Search:
         self._select = functools.partial(
             selecting.select, graph, blocks=blocks, round_to=round_to, **budget
         )
+        weights = self.gated(weights)
         self._select(efforts(self._body, weights))  # refuses what cannot be reached
         self.transformation = penalty.proximal(self._course.gates, learning_rate, coupling)
         self.memory = first(self._body, weights)
+
+    def gated(self, params: Any) -> Any:
+        """The parameters to be trained: with the gates that are none of the model's own.
+
+        Their entry goes through the optimizer like the others, and the model never sees it.
+        """
+        return gating.gated(self._course.gates, params)
+
+    def fold(self, params: Any, key: jax.Array | None = None) -> Any:
+        """The parameters for the model: multiplied by the gates; with a key, as in training.
+
+        Of `gates='sigmoid'` the key draws a sample; other gates need none.
+        """
+        return gating.fold(self._course.gates, params, key)
 
     def before(self, step: int, params: Any) -> dict[str, Any]:
         """To be called before each step: further arguments of the optimizer's update."""
@@ -310,15 +345,17 @@ def learn_structure(
     activations: float | None = None,
     latency: float | None = None,
     ramp: float = 0.8,
+    gates: str = 'norm',
     coupling: str = 'max',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    seed: int = 0,
     **apply_kwargs: Any,
 ) -> SearchResult:
     """Trains a network whose channels have to pay for what they cost, down to a budget.
 
     Args:
-      model: any Linen module with BatchNorms.
+      model: any Linen module.
       variables: its trained variables.
       loss: `loss(variables, batch)`, in training mode: the mean loss as a scalar, or that and a
         dict of the collections that the model changed, such as `{'batch_stats': …}`. Distillation
@@ -329,13 +366,14 @@ def learn_structure(
       learning_rate: a number or a schedule.
       optimizer: with this learning rate; SGD with Nesterov momentum 0.9 by default.
       flops, params, activations, latency, blocks, round_to: see `jaxkd.select`.
-      ramp, coupling: see `Search`.
+      ramp, gates, coupling: see `Search`.
+      seed: for the samples of `gates='sigmoid'`.
       **apply_kwargs: further arguments of `model.apply` in evaluation mode, such as `train=False`.
 
     Raises:
       BudgetError: for a budget that cannot be reached.
       ConfigError: for batches that end too early, or no budget.
-      GraphError: for a network that cannot be traced or cut, or has no gates.
+      GraphError: for a network that cannot be traced or cut.
       TrainingError: for a loss that is no finite number.
     """
     budget = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
@@ -348,11 +386,13 @@ def learn_structure(
         steps=steps,
         learning_rate=learning_rate,
         ramp=ramp,
+        gates=gates,
         coupling=coupling,
         blocks=blocks,
         round_to=round_to,
         **budget,
     )
+    weights = search.gated(weights)
     if not search.budgets:
         why = 'give flops=, params=, activations= or latency= below the full network'
         raise errors.ConfigError('budget', budget, why=why)
@@ -361,10 +401,12 @@ def learn_structure(
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def train_step(weights, rest, opt_state, batch, extra):
+    def train_step(weights, rest, opt_state, batch, step, extra):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+
         def objective(weights):
             with cpu.fast_convolutions():
-                result = loss({'params': weights, **rest}, batch)
+                result = loss({'params': search.fold(weights, key), **rest}, batch)
             return result if isinstance(result, tuple) else (result, {})
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
@@ -381,7 +423,7 @@ def learn_structure(
             why = f'they ended after {step} of {steps} steps; repeat them'
             raise errors.ConfigError('batches', type(batches).__name__, why=why) from None
         extra = search.before(step, weights)
-        weights, rest, opt_state, value = train_step(weights, rest, opt_state, batch, extra)
+        weights, rest, opt_state, value = train_step(weights, rest, opt_state, batch, step, extra)
         losses.append(value)
         alive.append(search.budgets[0].share(graph.cost(search.alive())))
         looked_at = losses[-100:] if step % 100 == 99 or step == steps - 1 else []
@@ -389,7 +431,7 @@ def learn_structure(
             raise errors.TrainingError(
                 f'the loss is no finite number by step {step + 1}: lower the learning rate'
             )
-    found = {'params': weights, **rest}
+    found = {'params': search.fold(weights), **rest}
     keep = search.keep(weights)
     small = cut.compact(graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))

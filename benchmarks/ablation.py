@@ -1,0 +1,177 @@
+"""What each part of the method is worth: the same budget and epochs, one thing changed at a time.
+
+    python benchmarks/ablation.py [--seeds 3] [--jobs 2] [--workdir DIR] [--out FILE]
+
+Every row is `python -m jaxkd.main` on a part of Fashion-MNIST's training images, with a smaller
+MobileNetV2 and fewer epochs than configs/mbv2.py:fashion_mnist has, so that the whole table takes
+an hour or two on two CPU cores. The variants of a seed share their teacher. Accuracies are on the
+10,000 test images. The data set has to be prepared (see the README) in $TFDS_DATA_DIR or its
+default place.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent import futures
+import json
+import os
+import pathlib
+import queue
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import machine
+
+SETTING = [
+    '--config=configs/mbv2.py:fashion_mnist',
+    '--config.data.labels=6000',
+    '--config.model.arguments.width=0.5',
+    '--config.budget.flops=0.4',
+    '--config.teacher.epochs=20',
+    '--config.search.epochs=5',
+    '--config.distil.epochs=10',
+    '--config.teacher.ema_decay=0.98',
+    '--config.search.ema_decay=0.98',
+    '--config.distil.ema_decay=0.98',
+    *(f'--config.{stage}.batch_size=64' for stage in ('teacher', 'search', 'distil')),
+    '--config.checkpoint_seconds=600.0',
+]
+EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.4}}) for i in range(17))
+CRITERIA = (
+    'uniform',
+    'random',
+    'l1',
+    'l2',
+    'bn_scale',
+    'fpgm',
+    'lamp',
+    'taylor',
+    'group_taylor',
+    'activation',
+    'sensitivity',
+)
+VARIANTS = {
+    'as it is': [],
+    'search without a teacher': ['--config.search.method=morphnet'],
+    'no teacher at all': ['--config.search.method=morphnet', '--config.distil.alpha=0.0'],
+    'every block to the budget': [f'--config.blocks={EVERY_BLOCK}'],
+    'from scratch': ['--config.distil.init=scratch'],
+    'never cut while searching': ['--config.search.shrink=0.0'],
+    **{name: [f'--config.search.method={name}'] for name in CRITERIA},
+    'l1, 4 rounds': ['--config.search.method=l1', '--config.search.rounds=4'],
+    'uniform, from scratch': ['--config.search.method=uniform', '--config.distil.init=scratch'],
+    'coupling l2': ['--config.search.coupling=l2'],
+    'coupling mean': ['--config.search.coupling=mean'],
+    'sigmoid gates': ['--config.search.gates=sigmoid'],
+    'recalibrated': ['--config.distil.recalibrate=100'],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its cores')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/ablation'))
+    results = pathlib.Path(__file__).parent / 'results' / 'ablation.json'
+    parser.add_argument('--out', type=pathlib.Path, default=results)
+    arguments = parser.parse_args()
+
+    cores = sorted(os.sched_getaffinity(0))
+    free: queue.Queue[list[int]] = queue.Queue()
+    for job in range(arguments.jobs):
+        free.put(cores[job :: arguments.jobs])
+    report = {
+        'command': ' '.join(['python', *sys.argv]),
+        'date': time.strftime('%Y-%m-%d'),
+        'device': machine.describe_device(),
+        'setting': SETTING,
+        'variants': {name: VARIANTS[name] for name in arguments.variants},
+        'runs': [],
+    }
+
+    def run(name: str, seed: int) -> dict:
+        folder = arguments.workdir / f'{name.replace(" ", "_").replace(",", "")}-{seed}'
+        first = arguments.workdir / f'teacher-{seed}'
+        if first != folder and not folder.exists() and first.exists():
+            shutil.copytree(first / 'teacher', folder / 'teacher')
+        own = free.get()
+        flags = [*SETTING, *VARIANTS.get(name, []), f'--config.seed={seed}', f'--workdir={folder}']
+        cache = arguments.workdir / 'cache'
+        environment = os.environ | {
+            'JAX_COMPILATION_CACHE_DIR': str(cache.absolute()),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, '-m', 'jaxkd.main', *flags],
+                env=environment,
+                capture_output=True,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, own),
+            )
+        finally:
+            free.put(own)
+        if done.returncode:
+            raise RuntimeError(f'{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}')
+        found = json.loads((folder / 'report.json').read_text())
+        return {
+            'variant': name,
+            'seed': seed,
+            'teacher': found['teacher']['accuracy'],
+            'compact': found['compact']['accuracy'],
+            'flops': found['reached']['flops'],
+            'params': found['reached']['params'],
+            'seconds': {stage: found['seconds'][stage] for stage in ('search', 'distil')},
+        }
+
+    with futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        seeds = range(arguments.seeds)
+        # The plain variant first: its teacher is the teacher of all.
+        for seed, _ in zip(seeds, pool.map(lambda seed: run('teacher', seed), seeds), strict=True):
+            print(f'teacher of seed {seed} trained', flush=True)
+        pairs = [(name, seed) for name in arguments.variants for seed in seeds]
+        for row in pool.map(lambda pair: run(*pair), pairs):
+            report['runs'].append(row)
+            print(json.dumps(row), flush=True)
+            report['table'] = table(report['runs'])
+            machine.write_report(arguments.out, report)
+    for row in report['table']:
+        print(
+            f'{row["variant"]:28} {100 * row["compact"]:6.2f} ± {100 * row["spread"]:.2f} %   '
+            f'{100 * row["gain"]:+.2f} ± {100 * row["gain_spread"]:.2f} points   '
+            f'params {row["params"]:.3f}   {row["seconds"]:.0f} s'
+        )
+
+
+def table(runs: list[dict]) -> list[dict]:
+    """Mean and standard deviation over the seeds, best variant first."""
+    rows = []
+    for name in dict.fromkeys(run['variant'] for run in runs):
+        mine = [run for run in runs if run['variant'] == name]
+        gains = [run['compact'] - run['teacher'] for run in mine]
+        rows.append(
+            {
+                'variant': name,
+                'seeds': len(mine),
+                'compact': statistics.mean(run['compact'] for run in mine),
+                'spread': _spread([run['compact'] for run in mine]),
+                'gain': statistics.mean(gains),
+                'gain_spread': _spread(gains),
+                'flops': statistics.mean(run['flops'] for run in mine),
+                'params': statistics.mean(run['params'] for run in mine),
+                'seconds': statistics.mean(sum(run['seconds'].values()) for run in mine),
+            }
+        )
+    return sorted(rows, key=lambda row: -row['gain'])
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,128 @@
+"""What learning a structure costs in training time.
+
+    python benchmarks/overhead.py [--repeats 15] [--out FILE]
+
+Two measurements on digits with configs/mbv2.py's network. Steps: of distillation, of the search
+(penalty, controller and all, nothing cut), of plain training, and of the teacher's forward pass
+alone, taking turns, as medians. Stages: search and distillation as the config has them, against
+plain training of the full network for as many epochs, compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import machine
+import numpy as np
+
+from configs import mbv2
+from jaxkd import cpu, data, pipeline, train
+from jaxkd.search import learn, penalty
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--stages', action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument('--shrink', type=float, help="instead of the config's")
+    results = pathlib.Path(__file__).parent / 'results' / 'overhead.json'
+    parser.add_argument('--out', type=pathlib.Path, default=results)
+    arguments = parser.parse_args()
+    cpu.hold_memory()
+    config = mbv2.get_config()
+    if arguments.shrink is not None:
+        config.search.shrink = arguments.shrink
+    report: dict[str, Any] = {
+        'command': ' '.join(['python', *sys.argv]),
+        'date': time.strftime('%Y-%m-%d'),
+        'device': machine.describe_device(),
+        'milliseconds': steps(config, arguments.repeats),
+    }
+    medians = report['milliseconds']
+    report['search step / distillation step'] = round(medians['search'] / medians['distil'], 3)
+    if arguments.stages:
+        report['seconds'] = stages(config)
+        learned = report['seconds']['search'] + report['seconds']['distil']
+        report['search + distillation / plain'] = round(learned / report['seconds']['plain'], 3)
+    machine.write_report(arguments.out, report)
+    for name, value in report.items():
+        print(f'{name}: {value}')
+
+
+def steps(config: Any, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step of each kind, at full width."""
+    plan = pipeline.make_plan(config)
+    mesh = train.make_mesh()
+    learning = data.load(config.data.name, 'train', seed=0)
+    examples = train.put(learning, mesh)
+    mean, std = data.statistics(learning)
+    views = train.Preprocessing(mean, std, config.data.padding, False)
+    batch = next(iter(train.batches(examples, 64, mesh, seed=0, start=0, stop=1)))
+    image = np.zeros(plan.graph.inputs[0].shape, np.float32)
+    variables = train.replicate(
+        jax.jit(plan.model.init, static_argnames='train')(jax.random.key(0), image, train=False),
+        mesh,
+    )
+    course = learn.course(plan.graph, steps=10_000, learning_rate=0.02, shrink=0.0, **config.budget)
+    body = learn.body(course, plan.graph.keep_all())
+    paid = penalty.proximal(body.gates, 0.02)
+    memory = learn.first(body, variables['params'])
+    soft = pipeline._soft_loss(0.9, 4.0)
+    kinds = {
+        'distil': ((), soft, plan.model),
+        'search': ((paid,), soft, plan.model),
+        'plain': ((), train.hard_loss(0.0), None),
+    }
+    runs = {}
+    for name, (after, loss, teacher) in kinds.items():
+        tx = train.optimizer(config.search, 0.02, *after)
+        step = train.make_train_step(
+            plan.model, tx, loss, views, mesh, seed=0, ema_decay=0.95, teacher=teacher
+        )
+        state = train.replicate(train.create_state(variables, tx), mesh)
+        runs[name] = [step, state, variables if teacher else {}]
+    forward = train.make_eval_step(plan.model, views, mesh)
+    valid = np.ones(64, bool)
+    taken: dict[str, list[float]] = {name: [] for name in (*runs, "teacher's forward pass")}
+    for number in range(repeats + 2):
+        for name, (step, state, taught) in runs.items():
+            start = time.perf_counter()
+            extra = {}
+            if name == 'search':
+                memory = learn.press(body, number * course.period, state.params, memory)
+                extra = {'strength': learn.strength(body, memory)}
+            runs[name][1], metrics = step(state, batch, taught, extra)
+            jax.block_until_ready((runs[name][1], metrics))
+            taken[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        jax.block_until_ready(forward(variables, batch, valid))
+        taken["teacher's forward pass"].append(time.perf_counter() - start)
+    return {name: round(1000 * statistics.median(times[2:]), 2) for name, times in taken.items()}
+
+
+def stages(config: Any) -> dict[str, float]:
+    """Seconds of search and distillation, and of plain training for as many epochs."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        short = config.copy_and_resolve_references()
+        short.teacher.epochs = 5.0
+        found = pipeline.run(short, pathlib.Path(folder) / 'learned')['seconds']
+        seconds |= {'search': found['search'], 'distil': found['distil']}
+        plain = config.copy_and_resolve_references()
+        plain.teacher.epochs = config.search.epochs + config.distil.epochs
+        plain.search.epochs = plain.distil.epochs = 0.01
+        plain.search.method = 'uniform'
+        found = pipeline.run(plain, pathlib.Path(folder) / 'plain')['seconds']
+        seconds['plain'] = found['teacher']
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+if __name__ == '__main__':
+    main()

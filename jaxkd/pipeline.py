@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from jaxkd import data, distill, errors, loop, models, saved, train, watch
+from jaxkd import report as telling
 from jaxkd import workdir as records
 from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
@@ -132,9 +133,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         ) from error
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
-    limits = blocking.resolve(graph, blocking.pairs(config.blocks))
-    graph = blocking.measured(graph, config.budget.get('latency'))
-    budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
+    limits = blocking.resolve(graph, config.blocks)
+    graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
+    budgets = blocking.budgets(graph, config.blocks, **config.budget)
     # A budget that no choice of gates can meet is refused now.
     select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.find_gates(graph)})
     for name in STAGES:
@@ -185,7 +186,7 @@ def search_structure(
         learning_rate=schedule,
         ramp=config.ramp,
         coupling=config.coupling,
-        blocks=blocking.pairs(setup.config.blocks),
+        blocks=setup.config.blocks,
         **setup.config.budget,
     )
 
@@ -195,7 +196,8 @@ def search_structure(
 
     def facts(memory: control.State) -> dict[str, float]:
         cost = plan.graph.cost(control.alive(plan.graph, memory))
-        return _alive(cost._asdict()) | {'lambda': float(memory.penalty.sum())}
+        row = control.record(cost, memory, course.budgets)
+        return _alive(cost._asdict()) | {'lambda': float(memory.penalty.sum())} | row
 
     state, _ = loop.fit(
         setup,
@@ -209,6 +211,11 @@ def search_structure(
         memory=learn.first(course, teacher['params']),
         steer=steer,
     )
+    telling.plot_search(
+        telling.search_curves(setup.workdir),
+        setup.workdir / 'search.png',
+        say=setup.display.message,
+    )
     return train.variables(state), learn.efforts(course, state.params)
 
 
@@ -220,7 +227,7 @@ def select(
         graph,
         scores,
         **config.budget,
-        blocks=blocking.pairs(config.blocks),
+        blocks=config.blocks,
         round_to=config.search.round_to,
     )
 
@@ -280,6 +287,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             }
             for group in plan.graph.groups
         ],
+        'search': telling.tracking(telling.search_curves(setup.workdir)),
         'inexact': small.structure.inexact,
         'seconds': loop.seconds(setup),
         'input_shape': list(plan.info.image_shape),

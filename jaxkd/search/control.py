@@ -166,9 +166,9 @@ def _charges(
     charges = {}
     for name, limit in limits.items():
         resource = limit.resource or budget.resource
-        pays = _during(limit, progress) and _during(budget, progress)
-        factor = limit.strength * pays / budget.amounts[resource]
-        charges[name] = prices[resource][name] * factor
+        strength = limit.strength * (_during(limit, progress) and _during(budget, progress))
+        # Where there is none of a resource its prices are zero as well.
+        charges[name] = prices[resource][name] * strength / (budget.amounts[resource] or 1)
     return charges
 
 

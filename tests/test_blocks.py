@@ -36,7 +36,7 @@ def _of_groups(model, asked='auto', image=IMAGE):
             50,
             r'(block\d_layer\d+_|transition\d/)',
             'block2_layer3_conv1/conv',
-            'stem',
+            'classifier',
         ),
         ('efficientnet_b0', 16, r'block\d+/', 'block2/expand/conv', 'head/conv'),
         ('squeezenet1_1', 8, r'stage\d_fire\d/', 'stage1_fire0/squeeze', 'stem'),
@@ -147,7 +147,7 @@ def test_found_modules_are_apart(layers):
     found = repeated.find(layers)
     owners = [[pattern for pattern in found if re.search(pattern, layer)] for layer in layers]
     assert max(map(len, owners)) <= 1
-    assert [owner for owner in dict.fromkeys(o[0] for o in owners if o)] == found
+    assert list(dict.fromkeys(o[0] for o in owners if o)) == found
     for pattern in found:
         name = pattern[1:].partition('(')[0].removesuffix('_[^0-9]')
         inside = [path for path in layers if path == name or path.startswith(f'{name}/')]

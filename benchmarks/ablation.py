@@ -27,16 +27,16 @@ import machine
 
 SETTING = [
     '--config=configs/mbv2.py:fashion_mnist',
-    '--config.data.labels=6000',
+    '--config.data.labels=4000',
     '--config.model.arguments.width=0.5',
+    '--config.model.arguments.strides=(2, 2, 2, 1, 1, 1, 1)',
     '--config.budget.flops=0.4',
     '--config.teacher.epochs=20',
-    '--config.search.epochs=5',
-    '--config.distil.epochs=10',
+    '--config.search.epochs=6',
+    '--config.distil.epochs=12',
     '--config.teacher.ema_decay=0.98',
     '--config.search.ema_decay=0.98',
     '--config.distil.ema_decay=0.98',
-    *(f'--config.{stage}.batch_size=64' for stage in ('teacher', 'search', 'distil')),
     '--config.checkpoint_seconds=600.0',
 ]
 EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.4}}) for i in range(17))

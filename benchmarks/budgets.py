@@ -136,7 +136,7 @@ def use(config: Any, graph: Any, report: dict[str, Any]) -> dict[str, float]:
 
     kept = {row['group']: row['kept'] for row in report['blocks']}
     cost = graph.cost({g.name: np.arange(g.size) < kept[g.name] for g in graph.groups})
-    budgets = blocks.budgets(graph, blocks.pairs(config.blocks), **config.budget)
+    budgets = blocks.budgets(graph, config.blocks, **config.budget)
     return {f'{b.block} {b.resource}'.strip(): b.share(cost) * b.full / b.most for b in budgets}
 
 

@@ -216,7 +216,8 @@ def fit(
                 )
                 row |= {f'validation_{key}': value for key, value in validation.items()}
             setup.log.write(row)
-            shown = {k: v for k, v in row.items() if k not in ('stage', 'step', 'learning_rate')}
+            hidden = ('stage', 'step', 'learning_rate', 'share_', 'lambda_')
+            shown = {k: v for k, v in row.items() if not k.startswith(hidden)}
             setup.display.update(name, step, **shown)
             pending, logged = [], time.monotonic()
             if logged - saved >= setup.config.checkpoint_seconds and step < steps:

@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from jaxkd import data, distill, errors, loop, models, saved, train, watch
+from jaxkd import report as telling
 from jaxkd import workdir as records
 from jaxkd.graph import cut, latency
 from jaxkd.graph import trace as tracing
@@ -150,9 +151,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         ) from error
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
-    limits = blocking.resolve(graph, blocking.pairs(config.blocks))
-    graph = blocking.measured(graph, config.budget.get('latency'))
-    budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
+    limits = blocking.resolve(graph, config.blocks)
+    graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
+    budgets = blocking.budgets(graph, config.blocks, **config.budget)
     # A budget that no choice can meet is refused now.
     select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.movable(graph)})
     for name in STAGES:
@@ -206,7 +207,7 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         gates=config.gates,
         coupling=config.coupling,
         shrink=config.shrink,
-        blocks=blocking.pairs(setup.config.blocks),
+        blocks=setup.config.blocks,
         **setup.config.budget,
     )
     body = learn.follow(course)
@@ -223,11 +224,12 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         return memory, {'strength': learn.strength(body(memory.physical), memory)}
 
     def facts(memory: control.State) -> dict[str, float]:
-        alive = plan.graph.cost(control.alive(plan.graph, memory))._asdict()
-        physical = plan.graph.cost(memory.physical).flops
-        return _alive(alive) | {
-            'physical_flops': physical,
+        cost = plan.graph.cost(control.alive(plan.graph, memory))
+        return {
+            **_alive(cost._asdict()),
+            'physical_flops': plan.graph.cost(memory.physical).flops,
             'lambda': float(memory.penalty.sum()),
+            **control.record(cost, memory, course.budgets),
         }
 
     whole = learn.body(course, plan.graph.keep_all())
@@ -243,6 +245,11 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         steer=steer,
         kept=lambda memory: memory.physical,
         narrow=functools.partial(learn.narrow, plan.graph),
+    )
+    telling.plot_search(
+        telling.search_curves(setup.workdir),
+        setup.workdir / 'search.png',
+        say=setup.display.message,
     )
     found = body(memory.physical)
     scores = learn.efforts(found, state.params)
@@ -280,7 +287,7 @@ def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, t
                 criteria.Evidence(loss, evidence, setup.config.seed),
                 plan.budgets,
                 progress,
-                blocks=blocking.pairs(setup.config.blocks),
+                blocks=setup.config.blocks,
                 round_to=config.round_to,
             )
         return keep, {}
@@ -309,7 +316,7 @@ def select(
         graph,
         scores,
         **config.budget,
-        blocks=blocking.pairs(config.blocks),
+        blocks=config.blocks,
         round_to=config.search.round_to,
     )
 
@@ -385,6 +392,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             }
             for group in plan.graph.groups
         ],
+        'search': telling.tracking(telling.search_curves(setup.workdir)),
         'inexact': small.structure.inexact,
         'seconds': loop.seconds(setup),
         'input_shape': list(plan.info.image_shape),

@@ -37,12 +37,13 @@ def describe(graph: tracing.Graph, blocks: blocking.Blocks = ()) -> str:
 
     Args:
       graph: the traced network.
-      blocks: `[(pattern, settings), …]`. Without them, the modules at the network's top level are
-        its blocks.
+      blocks: 'auto' or `[(pattern, settings), …]`, as everywhere. Without them, the modules at the
+        network's top level are its blocks.
 
     Raises:
       ConfigError: for blocks that cannot be.
     """
+    blocks = blocking.pairs(graph, blocks)
     limits = blocking.resolve(graph, blocks)
     if blocks:
         of_group = {name: limit.block or OUTSIDE for name, limit in limits.items()}
@@ -81,7 +82,7 @@ def _avals(tree: Any) -> list[jax.core.ShapedArray]:
 
 
 def _by_block(
-    graph: tracing.Graph, blocks: blocking.Blocks, of_group: Mapping[str, str]
+    graph: tracing.Graph, blocks: Sequence[tuple[str, Any]], of_group: Mapping[str, str]
 ) -> list[Row]:
     """The cost of every block, in their order.
 
@@ -272,8 +273,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--blocks',
         default='()',
-        metavar='TUPLE',
-        help='patterns over parameter paths with their settings, as a config has them: '
+        metavar='BLOCKS',
+        help='auto, which makes a block of every module that the network repeats, or patterns over '
+        'parameter paths with their settings, as a config has them: '
         "\"(('block1/', {'strength': 2.0}),)\" (default: the modules at the top level)",
     )
     parser.add_argument(
@@ -297,7 +299,9 @@ def _run(flags: argparse.Namespace) -> None:
     arguments = _literal('--arguments', flags.arguments, dict, "{'num_classes': 10}")
     apply = _literal('--apply', flags.apply, dict, "{'train': False}")
     example = "(('block1/', {'strength': 2.0}),)"
-    blocks = blocking.pairs(_literal('--blocks', flags.blocks, tuple, example))
+    blocks = flags.blocks
+    if blocks != blocking.AUTO:
+        blocks = _literal('--blocks', blocks, tuple, example)
     if flags.plot:
         picture.check(pathlib.Path(flags.plot))
     graph = trace(make_model(flags.model, arguments), inputs, apply, flags.inexact)

@@ -105,6 +105,29 @@ def test_structure_is_learned_under_a_teacher(teacher):
     nets.assert_same(masked, result.small.apply(result.small.variables, image), 1e-4)
 
 
+def test_blocks_shift_what_is_learned(teacher):
+    """Within the same budget, who is charged more keeps less; a block can have its own budget."""
+
+    def kept(**settings):
+        result = jaxkd.learn_structure(
+            MODEL,
+            teacher,
+            loss,
+            batches(),
+            IMAGES,
+            steps=60,
+            flops=0.3,
+            blocks=[('^Conv_0', settings)],
+            train=False,
+        )
+        assert result.small.structure.compact['flops'] <= 0.3 * result.small.structure.full['flops']
+        return int(result.keep['Conv_0'].sum())
+
+    plain = kept()
+    assert kept(strength=4.0) < plain < kept(strength=0.1)
+    assert kept(budget={'flops': 0.2}) <= 0.2 * 32
+
+
 def test_a_loop_of_ones_own_finds_the_same(teacher):
     result = jaxkd.learn_structure(
         MODEL, teacher, loss, batches(), IMAGES, steps=20, params=0.7, train=False

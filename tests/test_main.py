@@ -84,6 +84,19 @@ def test_run_meets_the_budget_and_tells(finished):
     assert sorted(set(stages), key=stages.index) == ['teacher', 'search', 'distil']
     alive = [row['alive_flops'] for row in rows if row['stage'] == 'search']
     assert alive == sorted(alive, reverse=True) and alive[-1] < alive[0]
+    searched = [row for row in rows if row['stage'] == 'search']
+    for row in searched:
+        assert row['share_flops'] == row['alive_flops'] / teacher['flops']
+    scheduled = [row['scheduled_flops'] for row in searched]
+    assert scheduled == sorted(scheduled, reverse=True) and scheduled[-1] == 0.505
+    search = report['search']
+    assert search['budgets'] == {
+        'flops': {'alive': searched[-1]['share_flops'], 'scheduled': scheduled[-1]}
+    }
+    gaps = [abs(r['share_flops'] - r['scheduled_flops']) for r in searched]
+    last = searched[-1]['step']
+    assert search['error'] == max(g for g, r in zip(gaps, searched) if r['step'] > last / 10)
+    assert (workdir / 'search.png').read_bytes().startswith(b'\x89PNG')
     assert list(workdir.glob('events*'))
 
 
@@ -158,6 +171,7 @@ def _refused(environment, workdir, *flags, status=2):
         (['--config.model.name=mobilenet_v9'], ['model.name', 'mobilenet_v2']),
         (["--config.blocks=(('nothing', {'strength': 2.0}),)"], ['nothing', 'block0/project']),
         (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
+        (['--config.blocks=automatic'], ["'auto'", 'tuple of pairs']),
         (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
         (['--config.search.epoch=3'], ['search.epoch', 'epochs']),
         (['--config=configs/mbv2.py:mnist'], ['mnist', 'fashion_mnist']),
@@ -198,7 +212,8 @@ def test_blocks_and_several_budgets_from_the_command_line(environment, tmp_path)
         '--config.search.epochs=1',
         '--config.budget.flops=0.7',
         '--config.budget.params=0.4',
-        "--config.blocks=(('block1/', {'freeze': True}), ('head', {'min_keep': 0.5}))",
+        "--config.blocks=(('block1/', {'freeze': True}), ('head', {'min_keep': 0.5}), "
+        "('block2/', {'start': 0.2, 'end': 0.9, 'resource': 'params', 'budget': {'flops': 0.5}}))",
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
@@ -208,6 +223,17 @@ def test_blocks_and_several_budgets_from_the_command_line(environment, tmp_path)
     kept = {row['group']: row for row in report['blocks']}
     assert kept['block1/expand/conv']['kept'] == kept['block1/expand/conv']['size']
     assert kept['head/conv']['kept'] >= 0.5 * kept['head/conv']['size']
+    assert list(report['search']['budgets']) == ['flops[block2/]', 'flops', 'params']
+
+
+def test_blocks_are_found_from_the_command_line(environment, tmp_path):
+    """Traced, planned and searched with; the report says which block each group falls in."""
+    config = ['--config.teacher.epochs=1', '--config.search.epochs=1', '--config.blocks=auto']
+    done = _run(environment, tmp_path / 'work', *config)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'work' / 'report.json').read_text())
+    block = {row['group']: row['block'] for row in report['blocks']}
+    assert block['block10/expand/conv'] == '^block10(/|$)' and block['head/conv'] == ''
 
 
 def test_saved_models_are_checked(tmp_path):

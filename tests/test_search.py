@@ -441,12 +441,139 @@ def test_controller_follows_the_schedule_against_a_pull():
                 rate=10 * rate,
             )
             share = graph.cost(control.alive(graph, state)).flops / graph.cost().flops
-            worst = max(worst, control.schedule(i / rounds, 0.404) - share)
+            worst = max(worst, control.schedule(i / rounds, 0.4) - share)
             for name, effort in efforts.items():
                 back = np.where(state.closed[name], 0.0, pull * rng.random(len(effort)))
                 efforts[name] = np.maximum(effort + back - rate * state.strength[name], 0.0)
         assert share <= 0.41 and share >= 0.37, (pull, share)
         assert worst < 0.05, (pull, worst)  # never far below the schedule either
+
+
+class Pyramid(nn.Module):
+    """Four convolutions, each on a quarter of the positions: flops lie in front, params behind."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(4):
+            x = nn.Conv(16 * 2**i, (3, 3), 1 + (i > 0), name=f'conv{i}')(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f'bn{i}')(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope='module')
+def pyramid():
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(Pyramid().init, jax.random.key(0), image)
+    return tracing.trace(Pyramid(), variables, image)
+
+
+def _closed(graph, asked, **budget):
+    """A search whose loss pulls nothing back: the share of each group closed in each of its rounds,
+    and what its log says. Round 100 is at the end of the way down."""
+    rng = np.random.default_rng(0)
+    efforts = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
+    limits, wanted = blocks.resolve(graph, asked), blocks.budgets(graph, asked, **budget)
+    state = control.initial(graph, efforts, len(wanted))
+    shares, rows = {name: [] for name in efforts}, []
+    for i in range(131):
+        state = control.decide(
+            graph,
+            state,
+            efforts,
+            limits,
+            wanted,
+            progress=i / 100,
+            horizon=0.1,
+            period=0.01,
+            rate=0.5,
+        )
+        efforts = {n: np.maximum(e - 0.05 * state.strength[n], 0.0) for n, e in efforts.items()}
+        for name, closed in state.closed.items():
+            shares[name].append(closed.mean())
+        rows.append(control.record(graph.cost(control.alive(graph, state)), state, wanted))
+    return {name: np.array(share) for name, share in shares.items()}, rows
+
+
+def test_blocks_shift_the_structure_as_asked(pyramid):
+    plain, rows = _closed(pyramid, (), flops=0.5)
+    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
+    assert rows[-1].keys() == {'share_flops', 'scheduled_flops', 'lambda_flops'}
+
+    for strength, sign in ((4.0, 1), (0.25, -1)):
+        pressed, rows = _closed(pyramid, [('conv1', {'strength': strength})], flops=0.5)
+        assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
+        assert sign * (pressed['conv1'][-1] - plain['conv1'][-1]) > 0.25
+        # What one block gives up the others need not.
+        assert sign * (pressed['conv0'][-1] - plain['conv0'][-1]) < -0.02
+
+    # A channel of conv2 costs 1,443 of 98,730 parameters but 36,864 of 3,982,336 multiply-adds.
+    charged, rows = _closed(pyramid, [('conv2', {'resource': 'params'})], flops=0.5)
+    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
+    assert charged['conv2'][-1] > plain['conv2'][-1] + 0.1
+
+    limited, rows = _closed(pyramid, [('conv3', {'budget': {'flops': 0.2}})], flops=0.5)
+    assert limited['conv3'][-1] > plain['conv3'][-1] + 0.15
+    assert rows[-1]['share_flops[conv3]'] < 0.215
+    assert rows[-1]['share_flops'] < 0.515
+
+
+def test_resources_of_blocks_are_as_strong_as_the_budgets(pyramid):
+    """Charged by params, what each channel pays is its share of the parameters times λ."""
+    limits = blocks.resolve(pyramid, [('conv3', {'resource': 'params', 'strength': 3.0})])
+    (budget,) = blocks.budgets(pyramid, flops=0.5)
+    charges = control._charges(pyramid, pyramid.keep_all(), limits, budget, 0.5)
+    cost = pyramid.cost()
+    np.testing.assert_allclose(
+        charges['conv3'], 3 * pyramid.price(None, 'params')['conv3'] / cost.params
+    )
+    np.testing.assert_allclose(charges['conv2'], pyramid.price(None, 'flops')['conv2'] / cost.flops)
+
+
+def test_blocks_are_pressed_between_start_and_end(pyramid):
+    plain, _ = _closed(pyramid, (), flops=0.5)
+    late, _ = _closed(pyramid, [('conv0', {'start': 0.5})], flops=0.5)
+    assert plain['conv0'][50] > 0.25 and not late['conv0'][:51].any() and late['conv0'][-1] > 0.15
+    early, rows = _closed(pyramid, [('conv0', {'end': 0.5})], flops=0.5)
+    assert early['conv0'][52] == early['conv0'][-1] > 0.25
+    assert plain['conv0'][52] < plain['conv0'][-1]
+    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015  # the others go on
+
+    asked = [('conv3', {'start': 0.3, 'end': 0.7, 'budget': {'params': 0.4}})]
+    closed, rows = _closed(pyramid, asked)
+    assert not closed['conv3'][:31].any() and closed['conv3'][72] == closed['conv3'][-1] > 0.1
+    # The block's own budget falls in its own time, as all do.
+    scheduled = np.array([row['scheduled_params[conv3]'] for row in rows])
+    assert (scheduled[:31] == 1).all()
+    np.testing.assert_allclose(scheduled[[50, 70, 130]], [0.4**0.5, 0.4, 0.4])
+    assert abs(rows[70]['share_params[conv3]'] - 0.4) < 0.03
+    assert rows[20]['lambda_params[conv3]'] == rows[80]['lambda_params[conv3]'] == 0
+
+
+def test_nothing_is_learned_while_nothing_can_be_pressed(pyramid):
+    """The cost is far above its schedule when the only block starts; it follows from there."""
+    _, rows = _closed(pyramid, [('.', {'start': 0.4})], flops=0.5)
+    share = np.array([row['share_flops'] for row in rows])
+    assert (share[:41] == 1).all()
+    assert abs(share[-1] - 0.5) < 0.015
+    assert (share - [row['scheduled_flops'] for row in rows]).min() > -0.05
+
+
+@pytest.mark.parametrize(
+    ('block', 'words'),
+    [
+        ({'resource': 'power'}, r'\.resource is .power.*flops, params, activations, latency'),
+        ({'resource': 'latency'}, r'\.resource.*with_latency'),
+        ({'start': 2}, r'\.start is 2: it is a share'),
+        ({'end': 1.5}, r'\.end is 1.5: it is a share'),
+        ({'start': -0.1}, r'\.start is -0.1: it must be a number'),
+        ({'start': 0.5, 'end': 0.5}, r'\.start is 0.5: it must be less than end, which is 0.5'),
+        ({'end': 0}, r'\.start is 0.0: it must be less than end, which is 0'),
+    ],
+)
+def test_what_a_block_cannot_be(pyramid, block, words):
+    scores = {g.name: np.ones(g.size) for g in pyramid.groups}
+    with pytest.raises(errors.ConfigError, match=words):
+        selecting.select(pyramid, scores, flops=0.5, blocks=[('conv1', block)])
 
 
 def test_every_budget_has_a_penalty_of_its_own():

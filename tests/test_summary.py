@@ -167,6 +167,30 @@ def test_cost_by_block(graph):
     assert f'can be cut        {share:.1%} of the multiply-adds' in text
 
 
+def test_the_block_of_every_group(folder, capsys):
+    """Of what the network repeats, as of patterns; without them by the modules at the top."""
+    flags = ['--model=mobilenet_v2', '--input=1,32,32,3']
+    for blocks, expected in (
+        ([], {'block1/expand/conv': 'block1', 'head/conv': 'head', 'classifier': 'classifier'}),
+        (
+            ['--blocks=auto'],
+            {'block1/expand/conv': '^block1(/|$)', 'head/conv': '(none)', 'classifier': '(none)'},
+        ),
+        (
+            ["--blocks=(('block1/', {}), ('head', {}))"],
+            {'block1/expand/conv': 'block1/', 'head/conv': 'head', 'classifier': '(none)'},
+        ),
+    ):
+        assert summary.main([*flags, *blocks]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith('group '))
+        rows = [line.split() for line in lines[start + 1 : lines.index('', start)]]
+        shown = {row[0]: row[2] for row in rows}
+        assert len(shown) == 27 and expected.items() <= shown.items()
+    assert summary.main([*NET, '--blocks=auto']) == 2
+    assert 'no module repeats by name' in capsys.readouterr().err
+
+
 def test_the_table(graph):
     text = graph.table()
     assert all(line == line.rstrip() for line in text.splitlines())

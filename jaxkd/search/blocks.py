@@ -7,15 +7,19 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import numpy as np
 
 from jaxkd import errors
 from jaxkd.graph import latency
 from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED, Cost
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
+from jaxkd.search import repeated
 
-Blocks = Sequence[tuple[str, Mapping[str, Any]]]
-SETTINGS = ('strength', 'min_keep', 'max_keep', 'budget', 'freeze')
+AUTO = 'auto'
+# What a user writes: `AUTO` or pairs of a pattern and settings; `pairs` reads it.
+Blocks = str | Sequence[tuple[str, Mapping[str, Any]]]
+SETTINGS = ('strength', 'resource', 'min_keep', 'max_keep', 'budget', 'freeze', 'start', 'end')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +30,17 @@ class Limits:
       block: the pattern of the block, or '' for a group in none.
       strength: factor of the penalty.
       least, most: numbers of units.
+      resource: what the penalty charges for; '' for that of the budget.
+      start, end: between which shares of the way down its gates are pressed.
     """
 
     block: str
     strength: float
     least: int
     most: int
+    resource: str = ''
+    start: float = 0.0
+    end: float = 1.0
 
 
 def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
@@ -39,25 +48,31 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
 
     Args:
       graph: the traced network.
-      blocks: `[(pattern, settings), …]`. A pattern is a regular expression that is searched in the
-        group's name and in the paths of the parameters that make its channels; the first that
-        matches decides. Settings: `strength` (factor of the penalty, ≥ 0), `min_keep` and
-        `max_keep` (an int counts units, a float is a share), `budget` (see `budgets`),
-        `freeze` (keep all).
+      blocks: 'auto', or `[(pattern, settings), …]`. A pattern is a regular expression that is
+        searched in the group's name and in the paths of the parameters that make its channels; the
+        first that matches decides. 'auto' makes a block without settings of every module that the
+        network repeats; see `repeated.find`. Settings:
+
+        - `strength`: factor of the penalty, ≥ 0;
+        - `resource`: what the penalty charges for, instead of the budget's resource: the share of
+          the full network's that a channel costs;
+        - `min_keep`, `max_keep`: an int counts units, a float is a share;
+        - `budget`: of the block's own layers; see `budgets`;
+        - `freeze`: keep all;
+        - `start`, `end`: shares of the search's way down, 0 ≤ start < end ≤ 1. The block's gates
+          are pressed, and its own budget falls, between them. (With an end of 1, as by default,
+          they are pressed after it as well where the budget is not met yet.)
 
     Raises:
-      ConfigError: for a pattern that matches no group or an unknown or impossible setting.
+      ConfigError: for a pattern that matches no group, an unknown or impossible setting, and for
+        'auto' where nothing is repeated.
     """
-    checked = [(pattern, _check(pattern, settings)) for pattern, settings in blocks]
+    known = pairs(graph, blocks)
     used = set()
     limits = {}
     for group in graph.groups:
-        block, settings = '', {}
-        for pattern, candidate in checked:
-            if any(re.search(pattern, name) for name in _producers(graph, group)):
-                used.add(pattern)
-                block, settings = pattern, candidate
-                break
+        block, settings = _first(graph, group, known) or ('', {})
+        used.add(block)
         least = _count(settings.get('min_keep', 1), group.size)
         most = _count(settings.get('max_keep', group.size), group.size)
         if settings.get('freeze') or group.frozen:
@@ -68,32 +83,70 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
                 settings.get('min_keep'),
                 why=f'it is more than max_keep for the group {group.name} of {group.size} channels',
             )
-        limits[group.name] = Limits(block, float(settings.get('strength', 1.0)), least, most)
-    for pattern, _ in checked:
+        limits[group.name] = Limits(
+            block,
+            float(settings.get('strength', 1.0)),
+            least,
+            most,
+            settings.get('resource', ''),
+            float(settings.get('start', 0.0)),
+            float(settings.get('end', 1.0)),
+        )
+    for pattern, _ in known:
         if pattern not in used:
-            names = [group.name for group in graph.groups]
-            raise errors.ConfigError(
-                'blocks',
-                pattern,
-                why=f'it matches no channel group that is left; the groups are {", ".join(names)}',
-            )
+            why = f'it matches no channel group that is left; the groups are {_names(graph)}'
+            raise errors.ConfigError('blocks', pattern, why=why)
     return limits
 
 
-def pairs(blocks: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Blocks as a user wrote them, in plain types.
+def pairs(graph: Graph, blocks: Blocks) -> list[tuple[str, dict[str, Any]]]:
+    """Blocks as a user wrote them, as pairs of pattern and settings in plain types, checked.
 
     Raises:
-      ConfigError: for what is no sequence of pairs.
+      ConfigError: for what is neither 'auto' nor a sequence of pairs, for 'auto' where the network
+        repeats no module, and for an unknown or impossible setting.
     """
+    if blocks in (AUTO, (AUTO,)):  # a flag makes a tuple of the word, as the field is one
+        found = [(pattern, {}) for pattern in repeated.find(_kernels(graph))]
+        # One whose channels are all summed into earlier blocks' has none of its own to decide on.
+        used = {block[0] for group in graph.groups if (block := _first(graph, group, found))}
+        found = [block for block in found if block[0] in used]
+        if not found:
+            why = f'no module repeats by name; write patterns, for the groups {_names(graph)}'
+            raise errors.ConfigError('blocks', AUTO, why=why)
+        return found
     try:
-        return [(str(pattern), dict(settings)) for pattern, settings in blocks]
+        plain = [(str(pattern), dict(settings)) for pattern, settings in blocks]
     except (TypeError, ValueError):
-        why = "it must be a tuple of pairs, such as (('block1/', {'strength': 2.0}),)"
+        why = (
+            f"it must be {AUTO!r} or a tuple of pairs, such as (('block1/', {{'strength': 2.0}}),)"
+        )
         raise errors.ConfigError('blocks', blocks, why=why) from None
+    for pattern, settings in plain:
+        _check(pattern, settings)
+    return plain
 
 
-def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _kernels(graph: Graph) -> list[str]:
+    """The layers that have a kernel, in the order of the computation."""
+    leaves = traverse_util.flatten_dict(graph.variables.get('params', {}), sep='/')
+    layers = {path.rpartition('/')[0] for path, leaf in leaves.items() if leaf.ndim > 1}
+    return [row.layer for row in graph.cost().rows if row.layer in layers]
+
+
+def _first(
+    graph: Graph, group: ChannelGroup, blocks: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[str, dict[str, Any]] | None:
+    """The first block whose pattern matches the group."""
+    names = _producers(graph, group)
+    return next((b for b in blocks if any(re.search(b[0], name) for name in names)), None)
+
+
+def _names(graph: Graph) -> str:
+    return ', '.join(group.name for group in graph.groups)
+
+
+def _check(pattern: str, settings: Mapping[str, Any]) -> None:
     field = f'blocks[{pattern!r}]'
     try:
         re.compile(pattern)
@@ -105,17 +158,26 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if name == 'freeze':
             if not isinstance(value, bool):
                 raise errors.ConfigError(f'{field}.freeze', value, allowed=[True, False])
+        elif name == 'resource':
+            if value not in RESOURCES:
+                raise errors.ConfigError(f'{field}.resource', value, allowed=RESOURCES)
         elif name == 'budget':
             if not isinstance(value, Mapping):
                 why = "it must be a dict of resources, such as {'flops': 0.5}"
                 raise errors.ConfigError(f'{field}.budget', value, why=why)
         elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
+        elif name in ('start', 'end'):
+            if value > 1:
+                raise errors.ConfigError(f'{field}.{name}', value, why='it is a share in [0, 1]')
         elif isinstance(value, float) and value > 1 and name != 'strength':
             raise errors.ConfigError(
                 f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
             )
-    return dict(settings)
+    start, end = settings.get('start', 0.0), settings.get('end', 1.0)
+    if start >= end:
+        why = f'it must be less than end, which is {end}'
+        raise errors.ConfigError(f'{field}.start', start, why=why)
 
 
 def _count(value: float, size: int) -> int:
@@ -141,23 +203,33 @@ class Budget(NamedTuple):
     Attributes:
       resource: which.
       most: an absolute number.
-      full: what there is of it in the full network.
+      amounts: what there is of every resource in the full network, or in these layers of it.
       block: the pattern of the block whose layers it is about; '' for the whole network.
       layers: the names of these layers; None for all.
+      start, end: between which shares of the search's way down it falls.
     """
 
     resource: str
     most: float
-    full: float
+    amounts: Mapping[str, float]
     block: str = ''
     layers: frozenset[str] | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """'flops' for the network's, 'flops[block1/]' for a block's."""
+        return f'{self.resource}[{self.block}]' if self.block else self.resource
+
+    @property
+    def full(self) -> float:
+        """What there is of the resource in the full network."""
+        return self.amounts[self.resource]
 
     def share(self, cost: Cost) -> float:
         """How much of the full network's is left in a network of this cost."""
-        if self.layers is None:
-            return getattr(cost, self.resource) / self.full
-        rows = (getattr(row, self.resource) for row in cost.rows if row.layer in self.layers)
-        return sum(rows) / self.full
+        return _amount(cost, self.resource, self.layers) / self.full
 
 
 def budgets(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Budget]:
@@ -175,34 +247,52 @@ def budgets(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Bu
 
     Raises:
       ConfigError: for an unknown resource or a budget that is no positive number, for a latency
-        below the full network's where it has not been measured, and for a block that has a budget
-        but no layers.
+        below the full network's or as a block's resource where it has not been measured, and for a
+        block that has a budget but no layers.
     """
     cost = graph.cost()
     result = []
     taken: set[str] = set()
-    for pattern, settings in blocks:
+    for pattern, settings in pairs(graph, blocks):
+        field = f'blocks[{pattern!r}]'
+        if settings.get('resource') in set(RESOURCES) - set(graph.resources):
+            raise errors.ConfigError(f'{field}.resource', settings['resource'], why=UNMEASURED)
         layers = frozenset(r.layer for r in cost.rows if re.search(pattern, r.layer)) - taken
         taken |= layers
         for resource, most in settings.get('budget', {}).items():
-            field = f'blocks[{pattern!r}].budget'
-            _check_budget(field, graph, resource, most)
+            _check_budget(f'{field}.budget', graph, resource, most)
             if not layers:
                 why = f'no layer belongs to it; there are {", ".join(r.layer for r in cost.rows)}'
-                raise errors.ConfigError(field, settings['budget'], why=why)
-            full = sum(getattr(row, resource) for row in cost.rows if row.layer in layers)
-            result.append(_budget(resource, most, full, pattern, layers))
+                raise errors.ConfigError(f'{field}.budget', settings['budget'], why=why)
+            during = settings.get('start', 0.0), settings.get('end', 1.0)
+            result.append(_budget(cost, resource, most, pattern, layers, *during))
     for resource, most in asked.items():
         _check_budget('budget', graph, resource, most)
         if resource in graph.resources:
-            result.append(_budget(resource, most, getattr(cost, resource)))
+            result.append(_budget(cost, resource, most))
     return [budget for budget in result if budget.most < budget.full]
 
 
-def _budget(resource: str, most: float | None, full: float, *block: Any) -> Budget:
+def _budget(
+    cost: Cost,
+    resource: str,
+    most: float | None,
+    block: str = '',
+    layers: frozenset[str] | None = None,
+    *during: float,
+) -> Budget:
+    amounts = {r: _amount(cost, r, layers) for r in RESOURCES}
     unit, _ = UNITS.get(resource, (1, ''))
-    most = full if most is None else most * (full if most <= 1 else unit)
-    return Budget(resource, most, full, *block)
+    whole = most is None or most <= 1
+    most = (1 if most is None else most) * (amounts[resource] if whole else unit)
+    return Budget(resource, most, amounts, block, layers, *during)
+
+
+def _amount(cost: Cost, resource: str, layers: frozenset[str] | None) -> float:
+    """What a network costs of a resource, in all layers or in some."""
+    if layers is None:
+        return getattr(cost, resource)
+    return sum(getattr(row, resource) for row in cost.rows if row.layer in layers)
 
 
 def _check_budget(field: str, graph: Graph, resource: str, asked: Any) -> None:
@@ -224,12 +314,15 @@ def _check_number(field: str, asked: Any) -> None:
         )
 
 
-def measured(graph: Graph, budget: float | None) -> Graph:
-    """The graph, measured on the present device if the budget in latency asks for it."""
-    if budget is None:
-        return graph
-    _check_number('budget.latency', budget)
-    return graph if budget == 1 else latency.with_latency(graph)
+def measured(graph: Graph, budget: float | None, blocks: Blocks = ()) -> Graph:
+    """The graph, measured on the present device if the budget in latency or a block asks for it."""
+    if budget is not None:
+        _check_number('budget.latency', budget)
+    of_blocks = any(
+        settings.get('resource') == 'latency' or 'latency' in settings.get('budget', {})
+        for _, settings in pairs(graph, blocks)
+    )
+    return latency.with_latency(graph) if of_blocks or budget not in (None, 1) else graph
 
 
 def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:

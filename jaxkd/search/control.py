@@ -4,7 +4,8 @@ A gate that nothing pulls back closes when the thresholds it has met add up to i
 `gates.effort`). So the λ that brings the cost to its scheduled value within a horizon can be
 computed: it is a quantile of effort per price. What the loss pulls back is the error of this
 prediction; a multiplicative integral term corrects it. Every budget has a λ of its own, those of
-blocks first: what they close counts for the network's as well.
+blocks first: what they close counts for the network's as well. Gates whose block is not pressed
+yet, or no more, leave the schedule to the others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxkd.graph.cost import Cost
 from jaxkd.graph.trace import Graph
 from jaxkd.search import blocks as blocking
 
@@ -30,6 +32,7 @@ class State(NamedTuple):
     Attributes:
       correction: float64 [budgets], the integral terms.
       penalty: float64 [budgets], λ: what the loss is charged for all that a budget is about.
+      scheduled: float64 [budgets], the share that was to be alive; beside it stands what is.
       closed: bool [units] by group name: gates that have closed, and stay closed.
       strength: float32 [units] by group name: what `penalty.proximal` wants.
       physical: bool [units] by group name: those that have not been cut away yet.
@@ -37,6 +40,7 @@ class State(NamedTuple):
 
     correction: np.ndarray
     penalty: np.ndarray
+    scheduled: np.ndarray
     closed: dict[str, np.ndarray]
     strength: dict[str, np.ndarray]
     physical: dict[str, np.ndarray]
@@ -47,6 +51,7 @@ def initial(graph: Graph, efforts: Mapping[str, np.ndarray], budgets: int = 1) -
     return State(
         correction=np.ones(budgets),
         penalty=np.zeros(budgets),
+        scheduled=np.ones(budgets),
         closed={name: np.zeros(len(e), bool) for name, e in efforts.items()},
         strength={name: np.zeros(len(e), np.float32) for name, e in efforts.items()},
         physical=graph.keep_all(),
@@ -65,6 +70,28 @@ def schedule(progress: float, budget: float) -> float:
     the removals hurt more the smaller the network is.
     """
     return float(budget ** np.clip(progress, 0.0, 1.0))
+
+
+def due(budget: blocking.Budget, progress: float) -> float:
+    """The share of what a budget is about that should be alive."""
+    below = (progress - budget.start) / (budget.end - budget.start)
+    return schedule(below, budget.most / budget.full)
+
+
+def record(cost: Cost, state: State, budgets: Sequence[blocking.Budget]) -> dict[str, float]:
+    """What a log says of a round: by budget the share alive, the share scheduled, and λ.
+
+    Args:
+      cost: of what is alive.
+      state: of that round.
+      budgets: as `decide` was given them.
+    """
+    row = {}
+    for i, budget in enumerate(budgets):
+        row[f'share_{budget.name}'] = budget.share(cost)
+        row[f'scheduled_{budget.name}'] = float(state.scheduled[i])
+        row[f'lambda_{budget.name}'] = float(state.penalty[i])
+    return row
 
 
 def decide(
@@ -101,19 +128,18 @@ def decide(
     keep = alive(graph, state)
     cost = graph.cost(keep)
     corrections, penalties = state.correction.copy(), np.zeros(len(budgets))
+    scheduled = np.array([due(budget, progress) for budget in budgets])
     strength = {name: np.zeros(len(e)) for name, e in efforts.items()}
     for i, budget in enumerate(budgets):
-        goal = budget.most / budget.full
-        error = budget.share(cost) / schedule(progress, goal) - 1
+        charges = _charges(graph, keep, limits, budget, progress)
+        price = {name: np.where(protected[name], 0.0, charges[name]) for name in efforts}
+        if not any(p.any() for p in price.values()):
+            continue  # nothing can be pressed, so that nothing is learned from the error
+        error = budget.share(cost) / scheduled[i] - 1
         growth = np.clip(error / EXCESS, -1, 1) * period / horizon
         corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)
-        price = graph.price(keep, budget.resource, budget.layers)
-        price = {
-            name: np.where(protected[name], 0.0, price[name] * limits[name].strength / budget.full)
-            for name in efforts
-        }
         pressed = {name: s * rate for name, s in strength.items()}
-        ahead = schedule(progress + horizon, goal)
+        ahead = due(budget, progress + horizon)
         needed = _needed(graph, keep, efforts, pressed, price, budget, ahead)
         penalties[i] = corrections[i] * needed / max(rate, 1e-30)
         for name, p in price.items():
@@ -121,7 +147,37 @@ def decide(
     strength = {
         name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
     }
-    return state._replace(correction=corrections, penalty=penalties, strength=strength)
+    return state._replace(
+        correction=corrections, penalty=penalties, scheduled=scheduled, strength=strength
+    )
+
+
+def _charges(
+    graph: Graph,
+    keep: Mapping[str, np.ndarray],
+    limits: Mapping[str, blocking.Limits],
+    budget: blocking.Budget,
+    progress: float,
+) -> dict[str, np.ndarray]:
+    """What a unit pays for a budget at a λ of 1: float64 [units] by group name.
+
+    It is strength · price / F(all), of the resource that its block pays for; 0 where either the
+    block or the budget is not within its part of the way down.
+    """
+    resources = {limit.resource or budget.resource for limit in limits.values()}
+    prices = {r: graph.price(keep, r, budget.layers) for r in resources}
+    charges = {}
+    for name, limit in limits.items():
+        resource = limit.resource or budget.resource
+        strength = limit.strength * (_during(limit, progress) and _during(budget, progress))
+        # Where there is none of a resource its prices are zero as well.
+        charges[name] = prices[resource][name] * strength / (budget.amounts[resource] or 1)
+    return charges
+
+
+def _during(part: blocking.Limits | blocking.Budget, progress: float) -> bool:
+    """Whether it is between the start and the end of this part; an end of 1 is never passed."""
+    return part.start <= min(progress, 1.0) <= part.end
 
 
 def _best(effort: np.ndarray, number: int) -> np.ndarray:

@@ -377,7 +377,8 @@ def learn_structure(
       TrainingError: for a loss that is no finite number.
     """
     budget = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
-    graph = blocking.measured(tracing.trace(model, variables, *inputs, **apply_kwargs), latency)
+    graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
+    graph = blocking.measured(graph, latency, blocks)
     rest = jax.tree.map(jax.numpy.array, plain(variables))  # copies, because steps donate
     weights = rest.pop('params')
     search = Search(

@@ -68,7 +68,7 @@ def prune(
             'budget', None, why='give flops=, params=, activations= or latency='
         )
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
-    graph = blocking.measured(graph, latency)
+    graph = blocking.measured(graph, latency, blocks)
     evidence = criteria.Evidence(loss, tuple(batches), seed)
     scores = criteria.CRITERIA[criterion](graph, variables, evidence)
     keep = selecting.select(graph, scores, **asked, blocks=blocks, round_to=round_to)

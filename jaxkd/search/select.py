@@ -71,7 +71,9 @@ def select(
       flops, params, activations, latency: budgets: shares of the full network in (0, 1], or
         absolute numbers above 1 (of latency: milliseconds); None or 1 sets no limit. A budget in
         latency needs a graph from `jaxkd.with_latency`.
-      blocks: see `jaxkd.search.blocks.resolve`; a block's own budget holds for its layers.
+      blocks: 'auto' or pairs of a pattern and settings; see `jaxkd.search.blocks.resolve`. A
+        block's own budget holds for its layers; `strength`, `resource`, `start` and `end` are for a
+        search, and set nothing here.
       round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
         and GPUs.
 

@@ -157,7 +157,7 @@ def fit(
             setup.display.message(f'{name}: going on at step {start} of {steps}')
         else:
             state = train.replicate(state, setup.mesh)
-        setup.log.rewind(name, start, later=setup.stages[setup.stages.index(name) + 1 :])
+        setup.log.rewind(name, start or -1, later=setup.stages[setup.stages.index(name) + 1 :])
         setup.display.start(name, start)
 
         teacher_variables = train.replicate(teacher_variables, setup.mesh)
@@ -171,7 +171,21 @@ def fit(
             start=start,
             stop=steps,
         )
-        began = logged = saved = time.monotonic()
+
+        def validate() -> dict[str, float]:
+            # Averages lag behind a network whose channels are being closed.
+            evaluated = train.variables(state) if steer else train.averaged(state)
+            if current.fold:
+                evaluated |= {'params': current.fold(evaluated['params'], None)}
+            found = train.evaluate(
+                eval_step, evaluated, setup.validation, config.batch_size, setup.mesh
+            )
+            return {f'validation_{key}': value for key, value in found.items()}
+
+        began = time.monotonic()
+        if start == 0:  # what it begins with, which tells what the stage before has left
+            setup.log.write({'stage': name, 'step': 0, 'epoch': 0.0, **facts(memory), **validate()})
+        logged = saved = time.monotonic()
         pending: list[dict[str, jax.Array]] = []
         extra: Mapping[str, Any] = {}
         for step, batch in enumerate(batches, start + 1):
@@ -207,14 +221,7 @@ def fit(
                 'examples_per_second': speed,
             }
             if end_of_epoch:
-                # Averages lag behind a network whose channels are being closed.
-                evaluated = train.variables(state) if steer else train.averaged(state)
-                if current.fold:
-                    evaluated |= {'params': current.fold(evaluated['params'], None)}
-                validation = train.evaluate(
-                    eval_step, evaluated, setup.validation, config.batch_size, setup.mesh
-                )
-                row |= {f'validation_{key}': value for key, value in validation.items()}
+                row |= validate()
             setup.log.write(row)
             hidden = ('stage', 'step', 'learning_rate', 'share_', 'lambda_')
             shown = {k: v for k, v in row.items() if not k.startswith(hidden)}

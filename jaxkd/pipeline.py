@@ -393,6 +393,7 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             for group in plan.graph.groups
         ],
         'search': telling.tracking(telling.search_curves(setup.workdir)),
+        'removal': telling.removals(setup.workdir),
         'inexact': small.structure.inexact,
         'seconds': loop.seconds(setup),
         'input_shape': list(plan.info.image_shape),

@@ -78,6 +78,23 @@ def tracking(curves: Mapping[str, Curve]) -> dict[str, Any]:
     return {'error': error, 'budgets': last}
 
 
+def removals(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What became of a run's network where channels were removed, from its `metrics.jsonl`.
+
+    Returns:
+      'cuts': how often the search cut closed channels away. 'before' and 'after': the validation
+      metrics of the network at the end of the search, and cut to its structure.
+    """
+    rows = watch.read_metrics(workdir)
+    computed = [row.get('physical_flops') for row in rows if row['stage'] == 'search']
+    ends = {'before': [row for row in rows if row['stage'] == 'search'][-1]}
+    ends['after'] = next(row for row in rows if row['stage'] == 'distil')
+    metrics = ('validation_accuracy', 'validation_loss')
+    return {'cuts': len(set(computed)) - 1} | {
+        end: {metric: row[metric] for metric in metrics} for end, row in ends.items()
+    }
+
+
 def plot_search(
     curves: Mapping[str, Curve], path: pathlib.Path, say: Callable[[str], None] = print
 ) -> None:

@@ -81,7 +81,7 @@ def accuracy(apply, variables):
     return float(np.mean(np.argmax(apply(variables, batch['image']), -1) == batch['label']))
 
 
-def test_structure_is_learned_under_a_teacher(teacher):
+def test_structure_is_learned_under_a_teacher(teacher, capsys):
     def taught(variables, batch):
         logits, changed = MODEL.apply(
             variables, batch['image'], train=True, mutable=['batch_stats']
@@ -98,6 +98,22 @@ def test_structure_is_learned_under_a_teacher(teacher):
     assert result.alive[0] > 0.95 and result.alive[-1] < 0.55
     assert accuracy(MODEL.apply, teacher) > 0.9  # so that there is something to lose
     assert accuracy(result.small.apply, result.small.variables) > 0.7
+    # All that goes had closed before: neither the outputs nor the loss jump.
+    batch = next(batches(seed=2))
+    before, after = (
+        apply(variables, batch['image'])
+        for apply, variables in (
+            (MODEL.apply, result.variables),
+            (result.small.apply, result.small.variables),
+        )
+    )
+    losses = [
+        float(optax.softmax_cross_entropy_with_integer_labels(x, batch['label']).mean())
+        for x in (before, after)
+    ]
+    with capsys.disabled():
+        print(f'\nloss before removal {losses[0]:.6f}, after {losses[1]:.6f}')
+    nets.assert_same(before, after, 1e-4)
     # What is compact is what was found, with its channels removed.
     graph = jaxkd.trace(MODEL, teacher, IMAGES, train=False)
     image = next(batches())['image']

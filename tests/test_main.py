@@ -22,6 +22,7 @@ SHORT = [
     '--config.model.arguments.width=0.35',
     '--config.teacher.epochs=2',
     '--config.search.epochs=2',
+    '--config.search.shrink=0.7',
     '--config.distil.epochs=1',
     '--config.log_every=4',
     '--config.checkpoint_seconds=0.0',
@@ -73,6 +74,9 @@ def test_run_meets_the_budget_and_tells(finished):
     assert 0 <= compact['accuracy'] <= 1
     assert {'teacher', 'search', 'distil'} <= report['seconds'].keys()
     assert report['budget'] == {'flops': 0.5}
+    losses = [report['removal'][end]['validation_loss'] for end in ('before', 'after')]
+    np.testing.assert_allclose(*losses, rtol=1e-2)
+    assert report['removal']['cuts'] >= 1
     assert report['input_shape'] == [8, 8, 1]
     assert all(1 <= row['kept'] <= row['size'] for row in report['blocks'])
     assert any(row['kept'] < row['size'] for row in report['blocks'])
@@ -88,7 +92,7 @@ def test_run_meets_the_budget_and_tells(finished):
     for row in searched:
         assert row['share_flops'] == row['alive_flops'] / teacher['flops']
     scheduled = [row['scheduled_flops'] for row in searched]
-    assert scheduled == sorted(scheduled, reverse=True) and scheduled[-1] == 0.505
+    assert scheduled == sorted(scheduled, reverse=True) and scheduled[-1] == 0.5
     search = report['search']
     assert search['budgets'] == {
         'flops': {'alive': searched[-1]['share_flops'], 'scheduled': scheduled[-1]}
@@ -234,6 +238,27 @@ def test_blocks_are_found_from_the_command_line(environment, tmp_path):
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
     block = {row['group']: row['block'] for row in report['blocks']}
     assert block['block10/expand/conv'] == '^block10(/|$)' and block['head/conv'] == ''
+
+
+def test_a_criterion_in_rounds_and_new_weights_from_the_command_line(environment, tmp_path):
+    done = _run(
+        environment,
+        tmp_path / 'work',
+        '--config.teacher.epochs=1',
+        '--config.search.epochs=1',
+        '--config.search.method=taylor',
+        '--config.search.rounds=2',
+        '--config.distil.init=scratch',
+        '--config.distil.recalibrate=3',
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'work' / 'report.json').read_text())
+    assert 0.99 * 0.5 <= report['reached']['flops'] <= 0.5
+    rows = [row for row in watch.read_metrics(tmp_path / 'work') if row['stage'] == 'search']
+    shares = [row['alive_flops'] / report['teacher']['flops'] for row in rows]
+    assert shares[0] == 1 and 0.5**0.5 - 0.01 < shares[1] <= 0.5**0.5 and shares[-1] <= 0.5
+    # New weights, which have learned nothing in an epoch.
+    assert report['removal']['after'] != report['removal']['before']
 
 
 def test_saved_models_are_checked(tmp_path):

@@ -269,7 +269,7 @@ def random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.n
         return np.zeros(leaf.shape, leaf.dtype)
     if len(leaf.shape) < 2:
         return random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
-    inputs = int(np.prod(leaf.shape[:-1]))
+    inputs = max(int(np.prod(leaf.shape[:-1])), 1)  # there are none where a branch has gone
     return (random.standard_normal(leaf.shape) * np.sqrt(2 / inputs)).astype(leaf.dtype)
 
 

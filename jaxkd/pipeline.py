@@ -133,6 +133,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
     limits = blocking.resolve(graph, blocking.pairs(config.blocks))
+    if gone := [name for name, limit in limits.items() if not limit.least]:
+        cut.rehearse(graph, gone)
     graph = blocking.measured(graph, config.budget.get('latency'))
     budgets = blocking.budgets(graph, blocking.pairs(config.blocks), **config.budget)
     # A budget that no choice of gates can meet is refused now.

@@ -15,7 +15,7 @@ from jaxkd.graph.cost import RESOURCES, UNITS, UNMEASURED, Cost
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 
 Blocks = Sequence[tuple[str, Mapping[str, Any]]]
-SETTINGS = ('strength', 'min_keep', 'max_keep', 'budget', 'freeze')
+SETTINGS = ('strength', 'min_keep', 'max_keep', 'budget', 'freeze', 'removable')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,15 @@ class Limits:
     Attributes:
       block: the pattern of the block, or '' for a group in none.
       strength: factor of the penalty.
-      least, most: numbers of units.
+      least, most: numbers of units; `least` is 0 where all may go, with their residual branch.
+      some: the least number where `least` is 0 and not all go.
     """
 
     block: str
     strength: float
     least: int
     most: int
+    some: int = 1
 
 
 def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
@@ -43,10 +45,12 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
         group's name and in the paths of the parameters that make its channels; the first that
         matches decides. Settings: `strength` (factor of the penalty, ≥ 0), `min_keep` and
         `max_keep` (an int counts units, a float is a share), `budget` (see `budgets`),
-        `freeze` (keep all).
+        `freeze` (keep all), `removable` (its residual branches may go whole; those that stay keep
+        `min_keep`).
 
     Raises:
-      ConfigError: for a pattern that matches no group or an unknown or impossible setting.
+      ConfigError: for a pattern that matches no group, an unknown or impossible setting, or
+        `removable` where no branch can go.
     """
     checked = [(pattern, _check(pattern, settings)) for pattern, settings in blocks]
     used = set()
@@ -77,7 +81,28 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
                 pattern,
                 why=f'it matches no channel group that is left; the groups are {", ".join(names)}',
             )
-    return limits
+    asked = [pattern for pattern, settings in checked if settings.get('removable')]
+    return _allow_none(graph, limits, asked) if asked else limits
+
+
+def _allow_none(graph: Graph, limits: dict[str, Limits], asked: Sequence[str]) -> dict[str, Limits]:
+    """The limits, with those of the blocks `asked` lowered to 0 where a branch can go whole."""
+    candidates = {name: limit.block for name, limit in limits.items() if limit.block in asked}
+    gone = graph.removable(candidates)
+    for pattern in asked:
+        mine = {name for name, block in candidates.items() if block == pattern}
+        if not mine & gone:
+            others = {o for name in mine for o in graph.emptied([name]) or ()} - set(candidates)
+            why = (
+                f'with its groups {", ".join(sorted(others))} would go, which are not removable'
+                if others
+                else 'none of its groups lies in a residual branch, which something leads around; '
+                f'in such lie {", ".join(sorted(graph.removable())) or "none"}'
+            )
+            raise errors.ConfigError(f'blocks[{pattern!r}].removable', True, why=why)
+    return limits | {
+        name: dataclasses.replace(limits[name], least=0, some=limits[name].least) for name in gone
+    }
 
 
 def pairs(blocks: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -102,9 +127,9 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in SETTINGS:
             raise errors.ConfigError(field, name, allowed=SETTINGS)
-        if name == 'freeze':
+        if name in ('freeze', 'removable'):
             if not isinstance(value, bool):
-                raise errors.ConfigError(f'{field}.freeze', value, allowed=[True, False])
+                raise errors.ConfigError(f'{field}.{name}', value, allowed=[True, False])
         elif name == 'budget':
             if not isinstance(value, Mapping):
                 why = "it must be a dict of resources, such as {'flops': 0.5}"
@@ -115,6 +140,8 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise errors.ConfigError(
                 f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
             )
+    if settings.get('removable') and settings.get('freeze'):
+        raise errors.ConfigError(f'{field}.removable', True, why='freeze keeps all of the block')
     return dict(settings)
 
 

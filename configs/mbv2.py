@@ -19,6 +19,7 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.budget.params=0.192     with several budgets all hold; 1.0 sets no limit
     --config.budget.latency=0.5      of one image, measured on this device; above 1: milliseconds
     --config.blocks="(('block1/', {'strength': 2.0}), ('head', {'min_keep': 0.5}))"
+    --config.blocks="(('block', {'removable': True}),)"     residual branches may go whole
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
     --config.teacher.epochs=60.0

@@ -350,6 +350,16 @@ def test_a_network_without_a_branch_is_used_like_any_other(two, tmp_path):
     assert_same(jaxkd.cut(graph, large, NONE), expected, 1e-4)
 
 
+def test_layers_of_a_branch_that_has_gone_take_no_time(two, tmp_path):
+    graph, _ = two
+    graph = jaxkd.with_latency(
+        graph, batch_size=2, cache=tmp_path, measure=lambda probes: [1e-3] * len(probes)
+    )
+    assert all(row.latency > 0 for row in graph.cost().rows if row.flops)
+    rows = {row.layer: row for row in graph.cost(NONE).rows}
+    assert {name for name, row in rows.items() if row.latency} == {'stem', 'head'}
+
+
 # How branches are chosen.
 
 

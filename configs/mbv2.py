@@ -21,6 +21,7 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.blocks="(('block1/', {'strength': 2.0}), ('head', {'min_keep': 0.5}))"
     --config.blocks="(('block1[0-6]/', {'resource': 'params', 'start': 0.3, 'end': 0.8}),)"
     --config.blocks=auto             every module that repeats; the report says what each keeps
+    --config.blocks="(('block', {'removable': True}),)"     residual branches may go whole
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
     --config.teacher.epochs=60.0
@@ -54,7 +55,8 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             },
             'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
             # Or 'auto', or pairs of a pattern over parameter paths and settings: strength,
-            # resource, min_keep, max_keep, budget, freeze, start, end (see jaxkd/search/blocks.py).
+            # resource, min_keep, max_keep, budget, freeze, removable, start, end (see
+            # jaxkd/search/blocks.py).
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             'log_every': 20,  # steps

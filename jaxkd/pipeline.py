@@ -152,6 +152,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     cut.rehearse(graph)  # a network that cannot be cut had better say so now
     limits = blocking.resolve(graph, config.blocks)
+    if gone := [name for name, limit in limits.items() if not limit.least]:
+        cut.rehearse(graph, gone)
     graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
     # A budget that no choice can meet is refused now.

@@ -73,7 +73,7 @@ def assert_same(a, b, tolerance=1e-5):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         assert x.shape == y.shape
         assert np.isfinite(x).all()
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(x).max(), 1e-6))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(x).max(initial=1e-6))
 
 
 def assert_compact_is_masked(model, variables, keep, *inputs, **kwargs):

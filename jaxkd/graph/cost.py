@@ -137,6 +137,9 @@ class Polynomial(NamedTuple):
             for i in term.forms:
                 product *= alive[i]
             row[term.resource] += product
+        for row in rows.values():
+            if not row['flops']:  # nothing to do, and no time to start it, once its branch has gone
+                row['latency'] = 0.0
         listed = tuple(Row(layer, **row) for layer, row in rows.items())
         totals = (sum(getattr(row, r) for row in listed) for r in RESOURCES)
         return Cost(*totals, self._peak(alive), listed)

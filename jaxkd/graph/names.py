@@ -249,6 +249,8 @@ class Ties:
         What cannot be expressed as ties is frozen, for the reason `why`. If the operation sums over
         the axis, names that meet nothing but a constant are reduced.
         """
+        if not size(a):
+            return a
         result: list[Part] = []
         left, right = list(a), list(b)
         while left or right:

@@ -3,6 +3,12 @@
 While the wrapped model is called, every layer that carries its width in a field has that field set
 to the width that its parameters have now. Layers that take their shapes from their input (norms, or
 somebody's own with `self.param`) need nothing.
+
+The width may be zero, where a whole branch has gone. Its layers are still called: what they compute
+has no elements, and the last of them makes zeros of nothing, at no cost. The constant that is left
+of the branch comes from the parameters that belong to what the branch is added to, such as the bias
+or the BatchNorm of that last layer: they stay, because in general (a ReLU before the sum, a padded
+convolution behind it) no other parameter could take the constant over exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +30,21 @@ Shapes = Mapping[str, Shape]
 
 def _conv(module: nn.Conv, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
     *_, inputs, features = now['kernel']
-    return {'features': features, 'feature_group_count': x.shape[-1] // inputs}
+    groups = x.shape[-1] // inputs if inputs else module.feature_group_count
+    if groups:
+        return {'features': features, 'feature_group_count': groups}
+    # A depthwise convolution without channels, which has one group of none: none is no number.
+    return {
+        'features': 0,
+        'feature_group_count': 1,
+        'conv_general_dilated': _convolve_nothing,
+        'conv_general_dilated_cls': None,
+    }
+
+
+def _convolve_nothing(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    kernel = kernel.reshape(*kernel.shape[:-2], 0, 0)
+    return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
 
 def _conv_local(module: nn.ConvLocal, now: Shapes, before: Shapes, x: Any) -> dict[str, Any]:
@@ -59,7 +79,7 @@ def _group_norm(module: nn.GroupNorm, now: Shapes, before: Shapes, x: Any) -> di
     name = next(iter(now), None)
     if module.num_groups is None or name is None:
         return {}
-    return {'num_groups': now[name][-1] * module.num_groups // before[name][-1]}
+    return {'num_groups': max(now[name][-1] * module.num_groups // before[name][-1], 1)}
 
 
 def _attention(
@@ -67,9 +87,9 @@ def _attention(
 ) -> dict[str, Any]:
     """Fewer heads, or narrower ones; queries are still divided by the root of the full width."""
     heads, width = now['query/kernel'][-2:]
-    fields = {
-        'num_heads': heads,
-        'qkv_features': heads * width,
+    fields = {  # none is no number: the kernels say it
+        'num_heads': max(heads, 1),
+        'qkv_features': max(heads, 1) * max(width, 1),
         'out_features': now['out/kernel'][-1],
     }
     full = before['query/kernel'][-1]
@@ -175,9 +195,8 @@ class CompactModule(nn.Module):
             if context.method_name == '__call__':
                 x = args[0] if args else kwargs.get('inputs', kwargs.get('x'))
             path = module.path[root:]
-            if _rule(module) is _by_size:
-                layer = '/'.join(path)
-                _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
+            layer = '/'.join(path)
+            _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
             with _fields(module, _new_fields(self, module, path, x)):
                 return call(*args, **kwargs)
 
@@ -215,20 +234,26 @@ def _new_fields(
 
 
 def _ask_for(module: nn.Module, now: Shapes, before: Shapes) -> None:
-    """Makes a layer that has its sizes in fields ask initializers for the shapes that it has now.
+    """Makes a layer ask initializers for the shapes that it has now, where its new fields do not.
 
-    One number may stand for several axes that have become different, such as a square kernel's
-    inputs and outputs, so that new fields do not do. A layer whose code fixes a size has none.
+    So do layers of other people that have their sizes in fields: one number may stand for several
+    axes that have become different, such as a square kernel's inputs and outputs. A layer whose
+    code fixes a size has no such field. And a layer that has lost all of its inputs or outputs gets
+    parameters without elements, for which most initializers would divide by zero.
     """
-    known = set(filter(_is_size, jax.tree.leaves(list(_sizes(module).values()))))
-    changed = {old for name in now for old, new in zip(before[name], now[name]) if old != new}
-    if not known & changed:
+    if _rule(module) is _by_size:
+        known = set(filter(_is_size, jax.tree.leaves(list(_sizes(module).values()))))
+        changed = {old for name in now for old, new in zip(before[name], now[name]) if old != new}
+        if not known & changed:
+            return
+    elif all(map(math.prod, now.values())):
         return
     ask = module.scope.param
 
     def param(name, init_fn, *args, **kwargs):
         if name in now and args and isinstance(args[0], tuple | list):
             args = (now[name], *args[1:])
+            init_fn = init_fn if math.prod(now[name]) else nn.initializers.zeros
         return ask(name, init_fn, *args, **kwargs)
 
     module.scope.param = param

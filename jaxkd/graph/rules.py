@@ -26,15 +26,28 @@ class Array(tuple[Axis, ...]):
 
     Attributes:
       held: which of `Context.stored` it is computed from on the fly.
+      step: which of `Context.steps` made it; None for variables and constants.
     """
 
     held: frozenset[int] = frozenset()
+    step: int | None = None
 
     @classmethod
-    def of(cls, axes: Iterable[Axis], held: frozenset[int]) -> Array:
+    def of(cls, axes: Iterable[Axis], held: frozenset[int], step: int | None) -> Array:
         array = cls(axes)
-        array.held = held
+        array.held, array.step = held, step
         return array
+
+
+class Step(NamedTuple):
+    """An array that is made of the arrays that the steps `read` made.
+
+    `sums` says whether it is their sum, or they are side by side in it.
+    """
+
+    axes: Sequence[Axis]
+    read: tuple[int, ...]
+    sums: bool
 
 
 class Stored(NamedTuple):
@@ -84,7 +97,10 @@ class Context:
         self.ties = names.Ties(allow_inexact)
         self.layers: list[Layer] = []
         self.stored: list[Stored] = []
-        self._step = 0
+        self.steps: list[Step | None] = []  # None: an input
+        self.inside: list[Sequence[Axis]] = []  # arrays inside of loops and choices
+        self._time = 0
+        self._depth = 0  # of loops and choices
         self.unknown: dict[str, str] = {}  # primitives that are not understood, with a note
         # Whether a size may come from elsewhere than an array's shape, so that it need not fit any
         # more when there are fewer channels.
@@ -107,34 +123,50 @@ class Context:
             rule = RULES.get(eqn.primitive.name, _unknown)
             inputs = list(map(read, eqn.invars))
             self._calls.append(eqn)
+            self._depth += rule in _CHOOSING
             results = rule(self, eqn, *inputs)
+            self._depth -= rule in _CHOOSING
             self._calls.pop()
-            environment.update(zip(eqn.outvars, self._hold(eqn, inputs, results), strict=True))
+            environment.update(zip(eqn.outvars, self._made(eqn, inputs, results), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def store(self, axes: Sequence[Axis], itemsize: int) -> Array:
-        """An array that is written to memory in this step."""
-        self.stored.append(Stored(axes, itemsize, self._step, self._step))
-        return Array.of(axes, frozenset([len(self.stored) - 1]))
+    def receive(self, axes: Sequence[Axis], itemsize: int) -> Array:
+        """An input of the network."""
+        self.steps.append(None)
+        return Array.of(axes, self._store(axes, itemsize), len(self.steps) - 1)
+
+    def _store(self, axes: Sequence[Axis], itemsize: int) -> frozenset[int]:
+        """What an array holds that is written to memory now: itself."""
+        self.stored.append(Stored(axes, itemsize, self._time, self._time))
+        return frozenset([len(self.stored) - 1])
 
     def use(self, arrays: Iterable[Array]) -> None:
         """Something reads `arrays` now: what they are computed from was alive until here."""
-        self._step += 1
+        self._time += 1
         for i in frozenset[int]().union(*(array.held for array in arrays)):
-            self.stored[i] = self.stored[i]._replace(last=self._step)
+            self.stored[i] = self.stored[i]._replace(last=self._time)
 
-    def _hold(self, eqn: Any, inputs: Sequence[Array], results: Sequence[Array]) -> list[Array]:
-        """The results with what they hold in memory; an inner program's have it already."""
+    def _made(self, eqn: Any, inputs: Sequence[Array], results: Sequence[Array]) -> list[Array]:
+        """The results with what they hold in memory and their steps; an inner program's have
+        both already."""
         if RULES.get(eqn.primitive.name) is _call:
             return list(results)
         if eqn.primitive.name in _ON_THE_FLY:
-            held = frozenset[int]().union(*(array.held for array in inputs))
-            return [Array.of(axes, held) for axes in results]
-        self.use(inputs)
-        return [
-            self.store(axes, getattr(var.aval.dtype, 'itemsize', 1))
-            for axes, var in zip(results, eqn.outvars, strict=True)
-        ]
+            together = frozenset[int]().union(*(array.held for array in inputs))
+            held = [together] * len(results)
+        else:
+            self.use(inputs)
+            held = [
+                self._store(axes, getattr(var.aval.dtype, 'itemsize', 1))
+                for axes, var in zip(results, eqn.outvars, strict=True)
+            ]
+        if self._depth:
+            self.inside += [*inputs, *results]
+            return [Array.of(*pair, None) for pair in zip(results, held, strict=True)]
+        first = len(self.steps)
+        read = tuple(array.step for array in inputs if array.step is not None)
+        self.steps += [Step(axes, read, eqn.primitive.name in _SUMS) for axes in results]
+        return [Array.of(*of) for of in zip(results, held, range(first, len(self.steps)))]
 
     def why(self, eqn: Any, reason: str) -> Frozen:
         # What stands inside a jitted function of JAX has no line of the model; its caller has.
@@ -268,7 +300,9 @@ def _squeeze(context: Context, eqn: Any, x: Array) -> list[Array]:
 def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Array]:
     del dynamic
     shape = eqn.params['new_sizes']
-    if math.prod(shape) in (0, 1):
+    if math.prod(shape) == 0:
+        return [_reshape_nothing(x, shape)]
+    if math.prod(shape) == 1:
         old = [axis for axis in x if names.named(axis)]
         return (
             [(*(names.free(n) for n in shape[:-1]), old[0])]
@@ -308,6 +342,18 @@ def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Arra
     )
     context.fixes_sizes |= before != after
     return [tuple(result)]
+
+
+def _reshape_nothing(x: Array, shape: Sequence[int]) -> Array:
+    """Of an array without elements: axes go on where those before or behind them do, too."""
+    result = [names.bound(n) for n in shape]
+    places = range(len(shape))
+    for axes, order in ((x, places), (x[::-1], places[::-1])):
+        for i, axis in zip(order, axes, strict=False):
+            if names.size(axis) != shape[i]:
+                break
+            result[i] = axis
+    return Array(result)
 
 
 def _reduce(context: Context, eqn: Any, *operands: Array) -> list[Array]:
@@ -847,6 +893,12 @@ _REARRANGED = {
     'iota': _iota,
 }
 _ON_THE_FLY = {*_ELEMENTWISE, *_REARRANGED}
+
+# What goes on where one of the things that it is made of has become constant.
+_SUMS = {'add', 'add_any', 'sub', 'concatenate'}
+
+# They run a program never, or more than once.
+_CHOOSING = (_scan, _while, _cond)
 
 RULES: dict[str, Callable[..., list[Array]]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),

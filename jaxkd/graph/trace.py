@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from jaxkd import cpu, errors
+from jaxkd.graph import branches, names, rules
 from jaxkd.graph import cost as costs
-from jaxkd.graph import names, rules
 from jaxkd.graph import table as tables
 
 Keep = costs.Keep
@@ -94,6 +94,7 @@ class Graph:
       unknown: primitives that were not understood, each with what that means and a line of the
         model's code.
       operations: the convolutions and dots, in the order of the computation.
+      flow: how data runs through the network; see `removable`.
       inexact: as `trace` was told.
     """
 
@@ -107,6 +108,7 @@ class Graph:
     polynomial: costs.Polynomial
     unknown: Mapping[str, str]
     operations: tuple[costs.Operation, ...]
+    flow: branches.Flow
     inexact: str
 
     @functools.cached_property
@@ -137,9 +139,13 @@ class Graph:
     def complete(self, keep: Keep | None) -> dict[str, np.ndarray]:
         """`keep` checked, with the groups that it does not mention kept whole.
 
+        Where it takes all units of a group in a residual branch, the rest of the branch goes too:
+        see `emptied`. What the branch still adds is a constant for each channel, by the parameters
+        of its last layers that belong to what is added to (a bias, a BatchNorm): these stay.
+
         Raises:
           GraphError: for an unknown group, a wrong shape or dtype, a frozen group that would lose
-            units, or a group that would lose all.
+            units, or groups that would lose all although nothing leads around them.
         """
         result = self.keep_all()
         for name, alive in (keep or {}).items():
@@ -158,10 +164,44 @@ class Graph:
                 raise errors.GraphError(
                     f'group {name!r} cannot be cut: {group.frozen} ({group.source})'
                 )
-            if not alive.any():
-                raise errors.GraphError(f'group {name!r} must keep at least one unit')
             result[name] = alive
-        return result
+        empty = [name for name, alive in result.items() if not alive.any()]
+        gone = self.emptied(empty) if empty else ()
+        if gone is None:
+            alone = [name for name in empty if self.emptied([name]) is None]
+            raise errors.GraphError(
+                f'group {(alone or empty)[0]!r} must keep at least one unit: nothing else leads '
+                "from the network's inputs to its outputs"
+                + ('' if alone else f' once {", ".join(empty[1:])} are gone')
+            )
+        return result | {name: np.zeros(self.sizes[name], bool) for name in gone}
+
+    def emptied(self, names: Collection[str]) -> frozenset[str] | None:
+        """All groups that go when the groups `names` lose all of their units.
+
+        They are `names` and the rest of the residual branches that they interrupt. None where an
+        output would no longer depend on the inputs: then they have to keep something.
+        """
+        return self._emptied(frozenset(names))
+
+    @functools.cached_property
+    def _emptied(self) -> Callable[[frozenset[str]], frozenset[str] | None]:
+        movable = frozenset(group.name for group in self.groups if not group.frozen)
+        return functools.cache(functools.partial(branches.emptied, self.flow, movable))
+
+    def removable(self, names: Collection[str] | None = None) -> frozenset[str]:
+        """The groups, of `names` or of all, that may lose all of their units, even all at once.
+
+        Those in residual branches, and all parallel branches but the last. A group is only among
+        them if all that would go with it are.
+        """
+        wanted = frozenset(self.by_name if names is None else names)
+        gone: frozenset[str] = frozenset()
+        for group in self.groups:
+            if group.name in wanted - gone:
+                more = self.emptied(gone | {group.name})
+                gone = more if more is not None and more <= wanted else gone
+        return gone
 
     def cost(self, keep: Keep | None = None) -> costs.Cost:
         """The cost of one example with `keep` (of the full network without)."""
@@ -238,7 +278,7 @@ def trace(
         axes = [names.bound(n, names.INPUT) for n in leaf.shape]
         if axes:
             axes[0] = names.bound(leaf.shape[0], names.BATCH)
-        by_leaf.append(context.store(axes, leaf.dtype.itemsize))
+        by_leaf.append(context.receive(axes, leaf.dtype.itemsize))
 
     read = {id(atom) for eqn in rules.live(jaxpr.jaxpr) for atom in eqn.invars}
     read.update(map(id, jaxpr.jaxpr.outvars))
@@ -259,7 +299,8 @@ def trace(
 
     found = context.ties.components()
     groups = _groups(context, starts, found)
-    polynomial, operations = _polynomial(context, operands, starts, groups, found)
+    owner, unit = _owners(groups, starts, found)
+    polynomial, operations = _polynomial(context, operands, starts, groups, owner, unit)
     graph = Graph(
         model=model,
         variables=variables,
@@ -271,6 +312,7 @@ def trace(
         polynomial=polynomial,
         unknown=context.unknown,
         operations=operations,
+        flow=_flow(context, outputs, groups, owner),
         inexact=inexact,
     )
     if context.fixes_sizes:
@@ -473,7 +515,8 @@ def _layer_name(layer: rules.Layer, starts: Sequence[tuple[str, int, int, int]])
     """The module that owns the kernel of a layer, or the scope where there is no such kernel."""
     for axis in layer.kernel:
         for vector in names.named(axis):
-            if vector[0] < starts[-1][2] + starts[-1][3]:  # a parameter's, not of a table of some
+            # A parameter's, not of a table of some.
+            if len(vector) and vector[0] < starts[-1][2] + starts[-1][3]:
                 first = bisect.bisect_right(starts, vector[0], key=lambda start: start[2])
                 return _module(starts[first - 1][0])
     # The scope begins with the class of the model, or with what runs it at other widths.
@@ -483,14 +526,12 @@ def _layer_name(layer: rules.Layer, starts: Sequence[tuple[str, int, int, int]])
     return '/'.join(inside) or next((s for s in scopes[-1:] if '->' in s), layer.primitive)
 
 
-def _polynomial(
-    context: rules.Context,
-    operands: Mapping[str, rules.Array],
-    starts: Sequence[tuple[str, int, int, int]],
+def _owners(
     groups: Sequence[ChannelGroup],
+    starts: Sequence[tuple[str, int, int, int]],
     found: names.Components,
-) -> tuple[costs.Polynomial, tuple[costs.Operation, ...]]:
-    """The cost of every layer and parameter in terms of the groups' keeps, and the layers."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each name the index of its group, -1 for none, and its unit: int [names] each."""
     owner_of = np.full(len(found.windows), -1)
     unit_of = np.zeros(len(found.windows), int)
     first = {(path, axis): start for path, axis, start, _ in starts}
@@ -499,8 +540,50 @@ def _polynomial(
         component = found.of[positions[:, 0] + first[member.path, member.axis]]
         owner_of[component] = i
         unit_of[component] = np.arange(group.size)
-    owner, unit = owner_of[found.of], unit_of[found.of]
+    return owner_of[found.of], unit_of[found.of]
 
+
+def _flow(
+    context: rules.Context,
+    outputs: Sequence[rules.Array],
+    groups: Sequence[ChannelGroup],
+    owner: np.ndarray,
+) -> branches.Flow:
+    """The arrays that the network computes, with the groups in their axes instead of names."""
+
+    vectors: dict[int, np.ndarray] = {}
+
+    @functools.cache
+    def owners(vector: int) -> frozenset[str | None]:
+        return frozenset(
+            groups[i].name if i >= 0 else None for i in np.unique(owner[vectors[vector]])
+        )
+
+    def members(axes: Sequence[names.Axis]) -> list[frozenset[str | None]]:
+        found = [vector for axis in axes for vector in names.named(axis) if len(vector)]
+        vectors.update((id(vector), vector) for vector in found)  # kept, so that ids stay their own
+        return [owners(id(vector)) for vector in found]
+
+    def step(made: rules.Step) -> branches.Step:
+        axes = tuple(axis for axis in members(made.axes) if None not in axis)
+        return branches.Step(axes, made.read, made.sums)
+
+    return branches.flow(
+        [made and step(made) for made in context.steps],
+        [array.step for array in outputs if array.step is not None],
+        {name for axes in context.inside for axis in members(axes) for name in axis if name},
+    )
+
+
+def _polynomial(
+    context: rules.Context,
+    operands: Mapping[str, rules.Array],
+    starts: Sequence[tuple[str, int, int, int]],
+    groups: Sequence[ChannelGroup],
+    owner: np.ndarray,
+    unit: np.ndarray,
+) -> tuple[costs.Polynomial, tuple[costs.Operation, ...]]:
+    """The cost of every layer and parameter in terms of the groups' keeps, and the layers."""
     forms: list[costs.Form] = []
     known: dict[bytes, int] = {}
 

@@ -19,7 +19,17 @@ from jaxkd.search import repeated
 AUTO = 'auto'
 # What a user writes: `AUTO` or pairs of a pattern and settings; `pairs` reads it.
 Blocks = str | Sequence[tuple[str, Mapping[str, Any]]]
-SETTINGS = ('strength', 'resource', 'min_keep', 'max_keep', 'budget', 'freeze', 'start', 'end')
+SETTINGS = (
+    'strength',
+    'resource',
+    'min_keep',
+    'max_keep',
+    'budget',
+    'freeze',
+    'removable',
+    'start',
+    'end',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +39,8 @@ class Limits:
     Attributes:
       block: the pattern of the block, or '' for a group in none.
       strength: factor of the penalty.
-      least, most: numbers of units.
+      least, most: numbers of units; `least` is 0 where all may go, with their residual branch.
+      some: the least number where `least` is 0 and not all go.
       resource: what the penalty charges for; '' for that of the budget.
       start, end: between which shares of the way down its gates are pressed.
     """
@@ -38,6 +49,7 @@ class Limits:
     strength: float
     least: int
     most: int
+    some: int = 1
     resource: str = ''
     start: float = 0.0
     end: float = 1.0
@@ -59,13 +71,14 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
         - `min_keep`, `max_keep`: an int counts units, a float is a share;
         - `budget`: of the block's own layers; see `budgets`;
         - `freeze`: keep all;
+        - `removable`: residual branches may go whole; those that stay keep `min_keep`;
         - `start`, `end`: shares of the search's way down, 0 ≤ start < end ≤ 1. The block's gates
           are pressed, and its own budget falls, between them. (With an end of 1, as by default,
           they are pressed after it as well where the budget is not met yet.)
 
     Raises:
       ConfigError: for a pattern that matches no group, an unknown or impossible setting, and for
-        'auto' where nothing is repeated.
+        'auto' where nothing is repeated and `removable` where no branch can go.
     """
     known = pairs(graph, blocks)
     used = set()
@@ -88,15 +101,36 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
             float(settings.get('strength', 1.0)),
             least,
             most,
-            settings.get('resource', ''),
-            float(settings.get('start', 0.0)),
-            float(settings.get('end', 1.0)),
+            resource=settings.get('resource', ''),
+            start=float(settings.get('start', 0.0)),
+            end=float(settings.get('end', 1.0)),
         )
     for pattern, _ in known:
         if pattern not in used:
             why = f'it matches no channel group that is left; the groups are {_names(graph)}'
             raise errors.ConfigError('blocks', pattern, why=why)
-    return limits
+    asked = [pattern for pattern, settings in known if settings.get('removable')]
+    return _allow_none(graph, limits, asked) if asked else limits
+
+
+def _allow_none(graph: Graph, limits: dict[str, Limits], asked: Sequence[str]) -> dict[str, Limits]:
+    """The limits, with those of the blocks `asked` lowered to 0 where a branch can go whole."""
+    candidates = {name: limit.block for name, limit in limits.items() if limit.block in asked}
+    gone = graph.removable(candidates)
+    for pattern in asked:
+        mine = {name for name, block in candidates.items() if block == pattern}
+        if not mine & gone:
+            others = {o for name in mine for o in graph.emptied([name]) or ()} - set(candidates)
+            why = (
+                f'with its groups {", ".join(sorted(others))} would go, which are not removable'
+                if others
+                else 'none of its groups lies in a residual branch, which something leads around; '
+                f'in such lie {", ".join(sorted(graph.removable())) or "none"}'
+            )
+            raise errors.ConfigError(f'blocks[{pattern!r}].removable', True, why=why)
+    return limits | {
+        name: dataclasses.replace(limits[name], least=0, some=limits[name].least) for name in gone
+    }
 
 
 def pairs(graph: Graph, blocks: Blocks) -> list[tuple[str, dict[str, Any]]]:
@@ -155,9 +189,9 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name not in SETTINGS:
             raise errors.ConfigError(field, name, allowed=SETTINGS)
-        if name == 'freeze':
+        if name in ('freeze', 'removable'):
             if not isinstance(value, bool):
-                raise errors.ConfigError(f'{field}.freeze', value, allowed=[True, False])
+                raise errors.ConfigError(f'{field}.{name}', value, allowed=[True, False])
         elif name == 'resource':
             if value not in RESOURCES:
                 raise errors.ConfigError(f'{field}.resource', value, allowed=RESOURCES)
@@ -174,6 +208,8 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> None:
             raise errors.ConfigError(
                 f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
             )
+    if settings.get('removable') and settings.get('freeze'):
+        raise errors.ConfigError(f'{field}.removable', True, why='freeze keeps all of the block')
     start, end = settings.get('start', 0.0), settings.get('end', 1.0)
     if start >= end:
         why = f'it must be less than end, which is {end}'

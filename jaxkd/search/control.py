@@ -59,8 +59,8 @@ def initial(graph: Graph, efforts: Mapping[str, np.ndarray], budgets: int = 1) -
 
 
 def alive(graph: Graph, state: State) -> dict[str, np.ndarray]:
-    """The keep of the gates that are open."""
-    return graph.keep_all() | {name: ~closed for name, closed in state.closed.items()}
+    """The keep of the gates that are open; of branches that are interrupted, nothing."""
+    return graph.complete({name: ~closed for name, closed in state.closed.items()})
 
 
 def schedule(progress: float, budget: float) -> float:
@@ -124,8 +124,8 @@ def decide(
     """
     protected = {name: _best(effort, limits[name].least) for name, effort in efforts.items()}
     closed = {name: (e == 0) & ~protected[name] for name, e in efforts.items()}
-    state = state._replace(closed=closed)
-    keep = alive(graph, state)
+    keep = alive(graph, state._replace(closed=closed))
+    closed = {name: ~keep[name] for name in efforts}  # with what is left of a branch that has gone
     cost = graph.cost(keep)
     corrections, penalties = state.correction.copy(), np.zeros(len(budgets))
     scheduled = np.array([due(budget, progress) for budget in budgets])
@@ -148,7 +148,11 @@ def decide(
         name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
     }
     return state._replace(
-        correction=corrections, penalty=penalties, scheduled=scheduled, strength=strength
+        correction=corrections,
+        penalty=penalties,
+        scheduled=scheduled,
+        closed=closed,
+        strength=strength,
     )
 
 

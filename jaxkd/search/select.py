@@ -3,12 +3,14 @@
 Units of one group cost the same, so the best ones of each group are kept and the question is how
 many. That is a knapsack whose cost is a polynomial of the counts. Going down from the full network,
 the units with the least score per price go first, prices taken anew as the network shrinks; small
-networks are then improved by exchanges between the groups, from several starts.
+networks are then improved by exchanges between the groups, from several starts. Residual branches
+that may go whole are a second choice around that one: a branch has units or it is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
 import math
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ FULL, DISCOUNT = 0.99, 0.985
 RESOLUTION = 1e-13
 # So many solutions are simply all tried; exchanges, with at most so many groups, in so many sweeps.
 TRIED, EXCHANGED, SWEEPS = 20_000, 64, 4
+# With at most so many branches all choices of them are looked at.
+BRANCHES = 8
 
 
 class Problem(NamedTuple):
@@ -42,6 +46,8 @@ class Problem(NamedTuple):
         sparse [axes, groups].
       factors: int [terms, arity], the axes that a term multiplies; `axes` stands for a factor 1.
       shares: float [budgets, terms], what a term uses of each budget, times its factors.
+      branches: sets of groups that go together: where one of a set has no unit, none of them has,
+        as far as it is in no smaller set. Only groups in them have 0 among their counts.
     """
 
     counts: list[np.ndarray]
@@ -50,6 +56,7 @@ class Problem(NamedTuple):
     weights: sparse.csr_array
     factors: np.ndarray
     shares: np.ndarray
+    branches: tuple[frozenset[int], ...] = ()
 
 
 def select(
@@ -78,7 +85,8 @@ def select(
         and GPUs.
 
     Returns:
-      The keep: at most the budget, and near it: within the cost of a few units.
+      The keep: at most the budget, and near it: within the cost of a few units. Of a residual
+      branch that goes whole no group keeps any.
 
     Raises:
       BudgetError: where the limits of groups and blocks, or the rounding, leave more than the
@@ -103,7 +111,9 @@ def select(
     least = [counts[0] for counts in problem.counts]
     blocking.check_reachable(graph, limits, budgets, keep(least))
     levels = solve(problem)
-    return keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
+    return graph.complete(
+        keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
+    )
 
 
 def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -123,6 +133,14 @@ def _problem(
     budgets: Sequence[blocking.Budget],
     round_to: int,
 ) -> Problem:
+    names = [group.name for group in graph.groups]
+    # Where nothing is known of what a branch is worth, it stays.
+    branches = {
+        frozenset(map(names.index, branch))
+        for name, limit in limits.items()
+        if limit.least == 0 and scores.keys() & (branch := graph.emptied([name]))
+    }
+    going = {names[i] for branch in branches for i in branch}
     counts, gains = [], []
     for group in graph.groups:
         limit = limits[group.name]
@@ -130,16 +148,18 @@ def _problem(
             allowed = np.array([group.size])
         else:
             step = round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
-            numbers = np.arange(limit.least, limit.most + 1)
+            numbers = np.arange(limit.least or limit.some, limit.most + 1)
             allowed = numbers[(numbers % step == 0) | (numbers == group.size)]
             if not len(allowed):  # limits between two multiples
                 allowed = numbers[-1:]
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)
-        counts.append(allowed)
         score = score[best[group.name]][: allowed[-1]]
-        gains.append(np.add.reduceat(score, [0, *allowed[:-1]]))
+        gain = np.add.reduceat(score, [0, *allowed[:-1]])
+        none = [0] * (group.name in going)  # with no unit, nothing is gained
+        counts.append(np.array([*none, *allowed]))
+        gains.append(np.array([*none, *gain], float))
 
-    index = {group.name: i for i, group in enumerate(graph.groups)}
+    index = {name: i for i, name in enumerate(names)}
     polynomial = graph.polynomial
     entries = [
         (row, index[name], weight.mean())
@@ -166,13 +186,76 @@ def _problem(
         ]
     ).reshape(len(budgets), len(terms))
     constant = np.array([float(form.constant) for form in polynomial.forms])
-    return Problem(counts, gains, constant, weights, factors, shares)
+    branches = tuple(sorted(branches, key=sorted))
+    return Problem(counts, gains, constant, weights, factors, shares, branches)
 
 
 def solve(problem: Problem) -> np.ndarray:
     """The level of each group with the most worth within all budgets: int [groups]."""
     if not len(problem.shares):
         return np.array([len(counts) - 1 for counts in problem.counts])
+    return _solve_branches(problem) if problem.branches else _solve_units(problem)
+
+
+def _solve_branches(problem: Problem) -> np.ndarray:
+    """Decides which branches go whole, and solves for the units of the others.
+
+    Every choice is tried where there are few. Otherwise branches are removed and put back one at a
+    time as long as that is better, with the units settled quickly, from none and from all removed.
+    """
+    number = len(problem.branches)
+
+    @functools.cache
+    def merit(removed: frozenset[int], solve_units: Callable[[Problem], np.ndarray]) -> float:
+        rest = _without(problem, removed)
+        solver, levels = _Solver(rest), solve_units(rest)
+        usage = solver.usage(levels).max()
+        return solver.merit(levels) if usage <= 1 else -usage
+
+    def union(chosen: Iterable[int]) -> frozenset[int]:
+        return frozenset[int]().union(*(problem.branches[i] for i in chosen))
+
+    def climb(chosen: frozenset[int]) -> frozenset[int]:
+        for _ in range(SWEEPS):
+            before = chosen
+            for i in range(number):
+                chosen = max(
+                    chosen, chosen ^ {i}, key=lambda branches: merit(union(branches), _settled)
+                )
+            if chosen == before:
+                break
+        return union(chosen)
+
+    choices = range(2**number) if number <= BRANCHES else ()
+    every = {union(i for i in range(number) if bits >> i & 1) for bits in choices}
+    sizes = [math.prod(map(len, _without(problem, removed).counts)) for removed in every]
+    if not every or sum(sizes) > TRIED:
+        every = {climb(frozenset()), climb(frozenset(range(number)))}
+    removed = max(sorted(every, key=sorted), key=lambda removed: merit(removed, _solve_units))
+    levels = _solve_units(_without(problem, removed))
+    # Where a group is not removed, its lowest level in the rest is the second one here.
+    above = [int(i not in removed and counts[0] == 0) for i, counts in enumerate(problem.counts)]
+    return levels + above
+
+
+def _without(problem: Problem, removed: frozenset[int]) -> Problem:
+    """The problem that is left once these groups are removed, and the others are not."""
+    counts, gains = [], []
+    for i, (numbers, gain) in enumerate(zip(problem.counts, problem.gains, strict=True)):
+        levels = slice(0, 1) if i in removed else slice(int(numbers[0] == 0), None)
+        counts.append(numbers[levels])
+        gains.append(gain[levels])
+    return problem._replace(counts=counts, gains=gains, branches=())
+
+
+def _settled(problem: Problem) -> np.ndarray:
+    """A quick solution for the units."""
+    solver = _Solver(problem)
+    return solver.settle(solver.top)
+
+
+def _solve_units(problem: Problem) -> np.ndarray:
+    """The level of each group, where no branch goes."""
     solver = _Solver(problem)
     if not solver.comparable or len(problem.counts) > EXCHANGED:
         return solver.settle(solver.top)

@@ -53,8 +53,8 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'flip': True,  # where it keeps the label's meaning
             },
             'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
-            # Or 'auto', or pairs of a pattern over parameter paths and settings: strength, resource,
-            # min_keep, max_keep, budget, freeze, start, end (see jaxkd/search/blocks.py).
+            # Or 'auto', or pairs of a pattern over parameter paths and settings: strength,
+            # min_keep, max_keep, budget, freeze, resource, start, end (see jaxkd/search/blocks.py).
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             'log_every': 20,  # steps

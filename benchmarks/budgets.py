@@ -106,11 +106,11 @@ def run(name: str, seed: int | None, workdir: pathlib.Path) -> dict[str, Any]:
 
 def draw(config: Any, graph: Any, seed: int) -> None:
     """Random budgets and blocks that can be met."""
-    from jaxkd import errors, pipeline
+    from jaxkd import errors
+    from jaxkd.search import select
 
     random = np.random.default_rng(seed)
     groups = [group.name for group in graph.groups if not group.frozen]
-    scores = {name: np.ones(graph.sizes[name]) for name in groups}
     while True:
         resources = random.permutation(list(SHARES))[: random.integers(1, 3)]
         asked = {str(r): round(float(random.uniform(*SHARES[r])), 3) for r in resources}
@@ -124,7 +124,7 @@ def draw(config: Any, graph: Any, seed: int) -> None:
         chosen = settings[random.integers(len(settings))]
         config.blocks = ((f'^{block}(/|$)', chosen),) if seed % 2 else ()
         try:
-            pipeline.select(config, graph, scores)
+            select.floor(graph, blocks=config.blocks, **config.budget)
         except errors.BudgetError:
             continue
         return

@@ -91,6 +91,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # Cut when less than this share of what is computed is alive; 0 never, which is faster
             # here, where the steps that are saved are fewer than those that compiling takes.
             'shrink': 0.0,
+            # Of every group that no block gives another, as a share; by default half of the width
+            # at which a network as narrow everywhere would meet the budget.
+            'min_keep': config_dict.placeholder(float),
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )

@@ -156,8 +156,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         cut.rehearse(graph, gone)
     graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
+    learn.movable(graph)
     # A budget that no choice can meet is refused now.
-    select(config, graph, {name: np.ones(graph.sizes[name]) for name in learn.movable(graph)})
+    selecting.floor(graph, blocks=config.blocks, round_to=config.search.round_to, **config.budget)
     for name in STAGES:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
@@ -210,6 +211,8 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         coupling=config.coupling,
         shrink=config.shrink,
         blocks=setup.config.blocks,
+        round_to=config.round_to,
+        min_keep=config.min_keep,
         **setup.config.budget,
     )
     body = learn.follow(course)
@@ -254,9 +257,8 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         say=setup.display.message,
     )
     found = body(memory.physical)
-    scores = learn.efforts(found, state.params)
     student = learn.whole(found, train.variables(state), teacher)
-    return student, select(setup.config, plan.graph, scores)
+    return student, learn.choose(found, state.params, memory)
 
 
 def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, tracing.Keep]:
@@ -308,19 +310,6 @@ def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, t
         narrow=functools.partial(cut.cut, graph),
     )
     return cut.restore(graph, train.variables(state), keep, teacher), keep
-
-
-def select(
-    config: ml_collections.ConfigDict, graph: tracing.Graph, scores: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Which units to keep: the best for their price, within the budgets."""
-    return selecting.select(
-        graph,
-        scores,
-        **config.budget,
-        blocks=config.blocks,
-        round_to=config.search.round_to,
-    )
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:

@@ -93,7 +93,8 @@ def test_structure_is_learned_under_a_teacher(teacher, capsys):
         MODEL, teacher, taught, batches(), IMAGES, steps=STEPS, flops=0.5, train=False
     )
     compact, full = (result.small.structure.compact, result.small.structure.full)
-    assert 0.99 * 0.5 <= compact['flops'] / full['flops'] <= 0.5
+    # One channel of the second group costs 1.4 % of the network.
+    assert 0.49 <= compact['flops'] / full['flops'] <= 0.5
     assert len(result.loss) == len(result.alive) == STEPS
     assert result.alive[0] > 0.95 and result.alive[-1] < 0.55
     assert accuracy(MODEL.apply, teacher) > 0.9  # so that there is something to lose

@@ -376,29 +376,31 @@ def _decide(graph, state, efforts, budget, progress, **limits):
 
 
 def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
-    """At progress 0.9 and beyond the goal is 0.7 of 40 = 28 multiply-adds.
+    """At progress 0.9 and beyond the goal is 0.99 · 0.71 of 40 = 28.1 multiply-adds.
 
     Prices as shares of the full network: 7/40 for a's, 6/40 for b's channels. Closing b's weakest
-    two (efforts 0.3, 0.6) leaves 4+16+8 = 28; one leaves 34. So the thresholds of the
-    horizon must add up to 0.6 for b: λ · 2.0 · 6/40 = 0.6, that is λ = 2.
+    two (efforts 0.3, 0.6) leaves 4+16+8 = 28; one leaves 34. They are due now, so the thresholds of
+    an eighth of the horizon must add up to 0.6 for b: λ · 2.0/8 · 6/40 = 0.6, that is λ = 16.
     """
     graph, _ = chain
     efforts = {'one': np.full(4, 50.0), 'two': np.array([0.3, 0.6, 9.0, 9.0, 9.0, 9.0])}
     state = control.initial(graph, efforts)
-    state = _decide(graph, state, efforts, 0.7, 1.0)
-    np.testing.assert_allclose(state.penalty, 2.0 * state.correction, rtol=1e-6)
+    state = _decide(graph, state, efforts, 0.71, 1.0)
+    np.testing.assert_allclose(state.penalty, 16.0 * state.correction, rtol=1e-6)
     assert state.correction > 1.0  # 40 alive where 28 are due
-    strongest = np.argmax(efforts['one'])
-    np.testing.assert_allclose(
-        state.strength['one'][strongest + 1 :], state.penalty[0] * 7 / 40, rtol=1e-6
-    )
-    assert state.strength['one'][strongest] == 0.0  # the last of a group is never pressed
+    np.testing.assert_allclose(state.strength['two'][:2], state.penalty[0] * 6 / 40, rtol=1e-6)
+    # What need not close is not pressed.
+    assert not state.strength['two'][2:].any() and not state.strength['one'].any()
+    # The last of a group is never pressed, however weak it is.
+    efforts = {'one': np.array([0.1, 0.2, 0.3, 0.4]), 'two': np.full(6, 50.0)}
+    state = _decide(graph, control.initial(graph, efforts), efforts, 0.2, 1.0)
+    assert state.strength['one'][:3].all() and not state.strength['one'][3]
 
 
 def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):
     graph, _ = chain
     efforts = {'one': np.full(4, 5.0), 'two': np.array([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])}
-    state = _decide(graph, control.initial(graph, efforts), efforts, 0.7, 1.0)
+    state = _decide(graph, control.initial(graph, efforts), efforts, 0.71, 1.0)
     assert state.penalty == 0.0
     np.testing.assert_array_equal(state.strength['two'], [np.inf, np.inf, 0, 0, 0, 0])
     assert graph.cost(control.alive(graph, state)).flops == 28
@@ -496,23 +498,23 @@ def _closed(graph, asked, **budget):
 
 def test_blocks_shift_the_structure_as_asked(pyramid):
     plain, rows = _closed(pyramid, (), flops=0.5)
-    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
+    assert abs(rows[-1]['share_flops'] - 0.495) < 0.02
     assert rows[-1].keys() == {'share_flops', 'scheduled_flops', 'lambda_flops'}
 
     for strength, sign in ((4.0, 1), (0.25, -1)):
         pressed, rows = _closed(pyramid, [('conv1', {'strength': strength})], flops=0.5)
-        assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
-        assert sign * (pressed['conv1'][-1] - plain['conv1'][-1]) > 0.25
+        assert abs(rows[-1]['share_flops'] - 0.495) < 0.02
+        assert sign * (pressed['conv1'][-1] - plain['conv1'][-1]) > 0.2
         # What one block gives up the others need not.
         assert sign * (pressed['conv0'][-1] - plain['conv0'][-1]) < -0.02
 
     # A channel of conv2 costs 1,443 of 98,730 parameters but 36,864 of 3,982,336 multiply-adds.
     charged, rows = _closed(pyramid, [('conv2', {'resource': 'params'})], flops=0.5)
-    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015
+    assert abs(rows[-1]['share_flops'] - 0.495) < 0.02
     assert charged['conv2'][-1] > plain['conv2'][-1] + 0.1
 
     limited, rows = _closed(pyramid, [('conv3', {'budget': {'flops': 0.2}})], flops=0.5)
-    assert limited['conv3'][-1] > plain['conv3'][-1] + 0.15
+    assert limited['conv3'][-1] > plain['conv3'][-1] + 0.05
     assert rows[-1]['share_flops[conv3]'] < 0.215
     assert rows[-1]['share_flops'] < 0.515
 
@@ -536,16 +538,16 @@ def test_blocks_are_pressed_between_start_and_end(pyramid):
     early, rows = _closed(pyramid, [('conv0', {'end': 0.5})], flops=0.5)
     assert early['conv0'][52] == early['conv0'][-1] > 0.25
     assert plain['conv0'][52] < plain['conv0'][-1]
-    assert abs(rows[-1]['share_flops'] - 0.5) < 0.015  # the others go on
+    assert abs(rows[-1]['share_flops'] - 0.495) < 0.02  # the others go on
 
     asked = [('conv3', {'start': 0.3, 'end': 0.7, 'budget': {'params': 0.4}})]
     closed, rows = _closed(pyramid, asked)
     assert not closed['conv3'][:31].any() and closed['conv3'][72] == closed['conv3'][-1] > 0.1
-    # The block's own budget falls in its own time, as all do.
+    # The block's own budget falls in its own time, to 1 % below it as all do.
     scheduled = np.array([row['scheduled_params[conv3]'] for row in rows])
     assert (scheduled[:31] == 1).all()
-    np.testing.assert_allclose(scheduled[[50, 70, 130]], [0.4**0.5, 0.4, 0.4])
-    assert abs(rows[70]['share_params[conv3]'] - 0.4) < 0.03
+    np.testing.assert_allclose(scheduled[[50, 70, 130]], [0.396**0.5, 0.396, 0.396])
+    assert abs(rows[70]['share_params[conv3]'] - 0.396) < 0.03
     assert rows[20]['lambda_params[conv3]'] == rows[80]['lambda_params[conv3]'] == 0
 
 
@@ -554,7 +556,7 @@ def test_nothing_is_learned_while_nothing_can_be_pressed(pyramid):
     _, rows = _closed(pyramid, [('.', {'start': 0.4})], flops=0.5)
     share = np.array([row['share_flops'] for row in rows])
     assert (share[:41] == 1).all()
-    assert abs(share[-1] - 0.5) < 0.015
+    assert abs(share[-1] - 0.495) < 0.02
     assert (share - [row['scheduled_flops'] for row in rows]).min() > -0.05
 
 

@@ -55,7 +55,7 @@ class Limits:
     end: float = 1.0
 
 
-def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
+def resolve(graph: Graph, blocks: Blocks = (), min_keep: float = 1) -> dict[str, Limits]:
     """The limits of every group of the graph.
 
     Args:
@@ -76,6 +76,8 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
           are pressed, and its own budget falls, between them. (With an end of 1, as by default,
           they are pressed after it as well where the budget is not met yet.)
 
+      min_keep: of the groups to which no block gives another.
+
     Raises:
       ConfigError: for a pattern that matches no group, an unknown or impossible setting, and for
         'auto' where nothing is repeated and `removable` where no branch can go.
@@ -86,8 +88,10 @@ def resolve(graph: Graph, blocks: Blocks = ()) -> dict[str, Limits]:
     for group in graph.groups:
         block, settings = _first(graph, group, known) or ('', {})
         used.add(block)
-        least = _count(settings.get('min_keep', 1), group.size)
+        least = _count(settings.get('min_keep', min_keep), group.size)
         most = _count(settings.get('max_keep', group.size), group.size)
+        if 'min_keep' not in settings:
+            least = min(least, most)
         if settings.get('freeze') or group.frozen:
             least = most = group.size
         if least > most:

@@ -2,10 +2,12 @@
 
 A gate that nothing pulls back closes when the thresholds it has met add up to its effort (see
 `gates.effort`). So the λ that brings the cost to its scheduled value within a horizon can be
-computed: it is a quantile of effort per price. What the loss pulls back is the error of this
-prediction; a multiplicative integral term corrects it. Every budget has a λ of its own, those of
-blocks first: what they close counts for the network's as well. Gates whose block is not pressed
-yet, or no more, leave the schedule to the others.
+computed: it is a quantile of effort per price. Only the gates below that quantile are pressed, so
+that the others keep what they have learned (a trimmed ℓ1 penalty; Yun et al. 2019, Trimming the ℓ1
+Regularizer, https://proceedings.mlr.press/v97/yun19a.html). What the loss pulls back is the error
+of this prediction; a multiplicative integral term corrects it. Every budget has a λ of its own,
+those of blocks first: what they close counts for the network's as well. Gates whose block is not
+pressed yet, or no more, leave the schedule to the others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from jaxkd.search import blocks as blocking
 # schedule all the time, and falls likewise; it stays within `BOUNDS` (anti-windup).
 GROWTH = np.e
 EXCESS = 0.05
+# The parts of the horizon by whose ends what is due has to be closed: with the end of the whole one
+# alone, which moves on, it never would be.
+AHEAD = (0.125, 0.25, 0.5, 1.0)
+# The search ends a little below the budget, so that all that `select` leaves out has closed.
+SPARE = 0.01
 BOUNDS = (0.1, 1000.0)
 
 
@@ -75,7 +82,7 @@ def schedule(progress: float, budget: float) -> float:
 def due(budget: blocking.Budget, progress: float) -> float:
     """The share of what a budget is about that should be alive."""
     below = (progress - budget.start) / (budget.end - budget.start)
-    return schedule(below, budget.most / budget.full)
+    return schedule(below, (1 - SPARE) * budget.most / budget.full)
 
 
 def record(cost: Cost, state: State, budgets: Sequence[blocking.Budget]) -> dict[str, float]:
@@ -137,13 +144,17 @@ def decide(
             continue  # nothing can be pressed, so that nothing is learned from the error
         error = budget.share(cost) / scheduled[i] - 1
         growth = np.clip(error / EXCESS, -1, 1) * period / horizon
+        if progress >= budget.end and error > 0:  # overdue: what holds out gives in soon
+            growth = period / (horizon * AHEAD[0])
         corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)
-        pressed = {name: s * rate for name, s in strength.items()}
-        ahead = due(budget, progress + horizon)
-        needed = _needed(graph, keep, efforts, pressed, price, budget, ahead)
-        penalties[i] = corrections[i] * needed / max(rate, 1e-30)
-        for name, p in price.items():
-            strength[name] += penalties[i] * p
+        for part in AHEAD:
+            pressed = {name: s * rate * part for name, s in strength.items()}
+            ahead = due(budget, progress + horizon * part)
+            needed = _needed(graph, keep, efforts, pressed, price, budget, ahead)
+            penalties[i] = max(penalties[i], needed / max(rate * part, 1e-30))
+        penalties[i] *= corrections[i]
+        for name, ratio in _ratios(efforts, pressed, price).items():
+            strength[name] += np.where(ratio <= needed, penalties[i] * price[name], 0.0)
     strength = {
         name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
     }
@@ -204,10 +215,7 @@ def _needed(
 
     It comes on top of the thresholds that are `pressed` already.
     """
-    ratio = {
-        name: np.maximum(efforts[name] - pressed[name], 0.0) / np.where(p > 0, p, np.nan)
-        for name, p in price.items()
-    }
+    ratio = _ratios(efforts, pressed, price)
     ratios = np.concatenate([r[keep[name] & (price[name] > 0)] for name, r in ratio.items()])
     ratios = np.sort(ratios)
 
@@ -225,6 +233,18 @@ def _needed(
         middle = (low + high) // 2
         low, high = (low, middle) if met(middle) else (middle + 1, high)
     return float(ratios[low - 1]) if low else 0.0
+
+
+def _ratios(
+    efforts: Mapping[str, np.ndarray],
+    pressed: Mapping[str, np.ndarray],
+    price: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """What is left to press per price: float64 [units] by group name; NaN where there is none."""
+    return {
+        name: np.maximum(efforts[name] - pressed[name], 0.0) / np.where(p > 0, p, np.nan)
+        for name, p in price.items()
+    }
 
 
 def _gone(pressed: np.ndarray, effort: np.ndarray) -> np.ndarray:

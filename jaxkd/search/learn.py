@@ -36,6 +36,7 @@ class Course(NamedTuple):
       down: steps in which the cost falls to the budget.
       period: steps between two rounds of control.
       coupling: see `gates.shrink`.
+      select: scores → keep, within the budgets; see `select.select`.
       shrink: how far the multiply-adds of the open gates may fall, as a share of those that are
         computed, before the network is cut; 0 never cuts.
     """
@@ -48,6 +49,7 @@ class Course(NamedTuple):
     down: int
     period: int
     coupling: str
+    select: Callable[..., dict[str, np.ndarray]]
     shrink: float
 
 
@@ -61,11 +63,14 @@ def course(
     coupling: str = 'max',
     shrink: float = 0.0,
     blocks: blocking.Blocks = (),
+    round_to: int = 1,
+    min_keep: float | None = None,
     **budget: float | None,
 ) -> Course:
     """Plans a search of `steps` steps, of which the share `ramp` takes the cost to the budget.
 
     Raises:
+      BudgetError: for a budget that cannot be reached.
       GraphError: for a network of which nothing can be cut.
       ConfigError: for gates, couplings, blocks or budgets that cannot be.
     """
@@ -73,17 +78,27 @@ def course(
         raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
     movable(graph)
     found = gating.find(graph, gates)
+    if min_keep is None:
+        min_keep = selecting.floor(graph, blocks=blocks, round_to=round_to, **budget)
     down = max(1, round(ramp * steps))
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return Course(
         graph,
         found,
-        blocking.resolve(graph, blocks),
+        blocking.resolve(graph, blocks, min_keep),
         blocking.budgets(graph, blocks, **budget),
         np.broadcast_to(np.asarray(schedule(np.arange(2 * steps))), (2 * steps,)),
         down,
         max(1, down // ROUNDS),
         coupling,
+        functools.partial(
+            selecting.select,
+            graph,
+            blocks=blocks,
+            round_to=round_to,
+            min_keep=min_keep,
+            **budget,
+        ),
         shrink,
     )
 
@@ -209,6 +224,18 @@ def strength(body: Body, memory: control.State) -> dict[str, np.ndarray]:
     return {name: s[body.keep[name]] for name, s in memory.strength.items()}
 
 
+def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarray]:
+    """The structure that was found: the units whose gates are open, as far as the budgets allow.
+
+    What they leave over of a budget is used up by others.
+    """
+    course = body.course
+    alive = control.alive(course.graph, memory)
+    cost = course.graph.cost(alive)
+    within = all(budget.share(cost) * budget.full <= budget.most for budget in course.budgets)
+    return course.select(efforts(body, params), held=alive if within else None)
+
+
 class Search:
     """A search for a training loop of one's own, which makes two calls.
 
@@ -238,6 +265,7 @@ class Search:
       coupling: what the gate of a group with several norms is: 'max', 'mean' or 'l2'; see
         `jaxkd.search.gates.shrink`.
       blocks, round_to: see `jaxkd.select`.
+      min_keep: see `jaxkd.select`; by default see `jaxkd.search.select.floor`.
       **budget: see `jaxkd.select`.
 
     Attributes:
@@ -263,6 +291,7 @@ class Search:
         coupling: str = 'max',
         blocks: blocking.Blocks = (),
         round_to: int = 1,
+        min_keep: float | None = None,
         **budget: float | None,
     ):
         self._course = course(
@@ -273,15 +302,13 @@ class Search:
             gates=gates,
             coupling=coupling,
             blocks=blocks,
+            round_to=round_to,
+            min_keep=min_keep,
             **budget,
         )
         self._body = body(self._course, graph.keep_all())
         self.budgets = self._course.budgets
-        self._select = functools.partial(
-            selecting.select, graph, blocks=blocks, round_to=round_to, **budget
-        )
         weights = self.gated(weights)
-        self._select(efforts(self._body, weights))  # refuses what cannot be reached
         self.transformation = penalty.proximal(self._course.gates, learning_rate, coupling)
         self.memory = first(self._body, weights)
 
@@ -310,7 +337,7 @@ class Search:
 
     def keep(self, params: Any) -> dict[str, np.ndarray]:
         """The structure that was found: the best units within the budget."""
-        return self._select(efforts(self._body, params))
+        return choose(self._body, params, self.memory)
 
 
 class SearchResult(NamedTuple):
@@ -349,6 +376,7 @@ def learn_structure(
     coupling: str = 'max',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    min_keep: float | None = None,
     seed: int = 0,
     **apply_kwargs: Any,
 ) -> SearchResult:
@@ -366,7 +394,7 @@ def learn_structure(
       learning_rate: a number or a schedule.
       optimizer: with this learning rate; SGD with Nesterov momentum 0.9 by default.
       flops, params, activations, latency, blocks, round_to: see `jaxkd.select`.
-      ramp, gates, coupling: see `Search`.
+      ramp, gates, coupling, min_keep: see `Search`.
       seed: for the samples of `gates='sigmoid'`.
       **apply_kwargs: further arguments of `model.apply` in evaluation mode, such as `train=False`.
 

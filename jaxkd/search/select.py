@@ -10,6 +10,7 @@ that may go whole are a second choice around that one: a branch has units or it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from jaxkd import errors
-from jaxkd.graph.trace import Graph
+from jaxkd.graph.trace import Graph, Keep
 from jaxkd.search import blocks as blocking
 
 # Share of the surplus that is removed at today's prices before prices are taken anew.
@@ -69,6 +70,8 @@ def select(
     latency: float | None = None,
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    min_keep: float = 1,
+    held: Keep | None = None,
 ) -> dict[str, np.ndarray]:
     """Keeps the units with the best score for their price, within all budgets at once.
 
@@ -84,6 +87,9 @@ def select(
       round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
         and GPUs.
 
+      min_keep: of the groups to which no block gives another: a float is a share.
+      held: groups keep at least as many units as here.
+
     Returns:
       The keep: at most the budget, and near it: within the cost of a few units. Of a residual
       branch that goes whole no group keeps any.
@@ -95,7 +101,10 @@ def select(
     """
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
-    limits = blocking.resolve(graph, blocks)
+    limits = blocking.resolve(graph, blocks, min_keep)
+    for name, units in (held or {}).items():
+        least = max(limits[name].least, int(units.sum()))
+        limits[name] = dataclasses.replace(limits[name], least=least)
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
     )
@@ -114,6 +123,34 @@ def select(
     return graph.complete(
         keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
     )
+
+
+def floor(
+    graph: Graph, *, blocks: blocking.Blocks = (), round_to: int = 1, **budget: float | None
+) -> float:
+    """What a search keeps of every group, unless it is told otherwise: a `min_keep` for `select`.
+
+    Half of the width at which a network that is as narrow everywhere meets the budgets, with FLOPs
+    and parameters going as the square of the width: layers much narrower than the others let too
+    little through, whatever their gates say. Less where the budgets cannot be met with that; one
+    unit at least.
+
+    Raises:
+      BudgetError: where they cannot be met at all.
+    """
+    budgets = blocking.budgets(graph, blocks, **budget)
+    squares = ('flops', 'params')
+    widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
+    scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
+    for share in (0.5, 0.25, 0.125):
+        least = share * min(widths, default=0.0)
+        try:
+            select(graph, scores, blocks=blocks, round_to=round_to, min_keep=least, **budget)
+        except errors.BudgetError:
+            continue
+        return least
+    select(graph, scores, blocks=blocks, round_to=round_to, **budget)
+    return 1
 
 
 def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -231,7 +268,10 @@ def _solve_branches(problem: Problem) -> np.ndarray:
     sizes = [math.prod(map(len, _without(problem, removed).counts)) for removed in every]
     if not every or sum(sizes) > TRIED:
         every = {climb(frozenset()), climb(frozenset(range(number)))}
-    removed = max(sorted(every, key=sorted), key=lambda removed: merit(removed, _solve_units))
+    # Of what is worth the same, the one without more branches.
+    removed = max(
+        sorted(every, key=sorted), key=lambda removed: (merit(removed, _solve_units), len(removed))
+    )
     levels = _solve_units(_without(problem, removed))
     # Where a group is not removed, its lowest level in the rest is the second one here.
     above = [int(i not in removed and counts[0] == 0) for i, counts in enumerate(problem.counts)]
@@ -375,6 +415,8 @@ class _Solver:
             # A price never exceeds what a unit adds, so a step whose price does not fit cannot.
             price = self.prices(levels)[:, groups] * self.units[steps]
             fits = (price <= (1 - usage)[:, None]).all(0)
+            if usage.max() >= FULL:  # what is worth nothing only serves to use the budget up
+                fits &= self.gain[steps] > 0
             if not fits.any():
                 return levels
             ratio = np.where(fits, self.gain[steps] / np.maximum(usage @ price, 1e-300), -1.0)

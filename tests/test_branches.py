@@ -217,6 +217,24 @@ def test_inside_of_loops_nothing_goes():
     assert not graph.by_name['loop/in'].frozen and graph.removable() == {'in'}
 
 
+def test_constants_are_no_part_of_a_branch():
+    """What a network makes of parameters alone stays when a branch beside it goes."""
+
+    def body(x):
+        x = conv(4, 1, name='stem')(x)
+        places = nn.Embed(36, 3, name='places')(jnp.arange(36)).reshape(1, 6, 6, 3)
+        x = x + nn.Dense(4, name='placed')(nn.relu(nn.Dense(5, name='hidden')(places)))
+        x = x + conv(4, 1, name='out')(nn.relu(conv(3, name='in')(x)))
+        return nn.Dense(2, name='head')(nn.relu(x).mean((1, 2)))
+
+    model = Net(body)
+    variables = variables_of(model, IMAGES)
+    graph = jaxkd.trace(model, variables, IMAGES)
+    assert not graph.by_name['hidden'].frozen
+    assert graph.removable() == graph.emptied(['in']) == {'in'}
+    assert_compact_is_masked(model, variables, {'in': np.zeros(3, bool)}, IMAGES)
+
+
 def test_attention_goes_with_all_of_its_heads():
     def body(x):
         x = conv(6, name='stem')(x)

@@ -83,26 +83,29 @@ def emptied(flow: Flow, movable: frozenset[str], names: frozenset[str]) -> froze
 
     Args:
       flow: of the network.
-      movable: the groups that are not frozen.
+      movable: the groups that may go at all.
       names: some of the groups.
 
     Returns:
       The names; or None where an output would no longer depend on an input that it depends on.
     """
-    if not names <= movable - flow.whole:
+    if not names <= movable:
         return None
     while True:
-        found = _useful(flow, names)
+        found = useful(flow, names)
         if found is None:
             return None
-        more = names | (movable - flow.whole - found)
+        more = names | (movable - found)
         if more == names:
             return names
         names = more
 
 
-def _useful(flow: Flow, empty: frozenset[str]) -> frozenset[str] | None:
-    """The groups with channels that carry something from an input to an output."""
+def useful(flow: Flow, empty: frozenset[str] = frozenset()) -> frozenset[str] | None:
+    """The groups with channels that carry something from an input to an output.
+
+    Without all units of the groups `empty`; None where an output then depends on fewer inputs.
+    """
     full, _ = _reach(flow, frozenset())
     inputs, live = _reach(flow, empty)
     if any(inputs[i] != full[i] for i in flow.outputs):

@@ -186,7 +186,9 @@ class Graph:
 
     @functools.cached_property
     def _emptied(self) -> Callable[[frozenset[str]], frozenset[str] | None]:
-        movable = frozenset(group.name for group in self.groups if not group.frozen)
+        # What only carries constants, such as an embedding of positions, is no part of a branch.
+        movable = branches.useful(self.flow) - self.flow.whole
+        movable -= {group.name for group in self.groups if group.frozen}
         return functools.cache(functools.partial(branches.emptied, self.flow, movable))
 
     def removable(self, names: Collection[str] | None = None) -> frozenset[str]:

@@ -192,7 +192,8 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
     """Distils the teacher into a copy of itself whose channels have to pay for what they cost.
 
     Loss: (1-α) CE + α T² KL + Σ_blocks λ · strength · Σ price · |gate| / F(all), the last as a
-    proximal step. λ is steered so that the cost that is alive follows a schedule to the budget.
+    proximal step and over the gates that are to close next alone. λ is steered so that the cost
+    that is alive follows a schedule to the budget.
     Channels that have closed are cut away when they are many enough. With the method 'morphnet'
     the loss is without a teacher, α = 0 (Gordon et al. 2018, https://arxiv.org/abs/1711.06798).
 

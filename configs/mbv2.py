@@ -11,8 +11,8 @@
 | imagenet      | 1.3 million of 224×224    | not yet run    |               |                  |
 
 One seed each: benchmarks/results/digits.json and fashion_mnist.json, of which the second was made
-with temperature 4 and an earlier search, as was digits at 1/5.2 of the parameters, 0.985 ± 0.005 and
-0.988 ± 0.004 with three seeds (digits_params.json).
+with temperature 4 and an earlier search, as was digits at 1/5.2 of the parameters, 0.985 ± 0.005
+and 0.988 ± 0.004 with three seeds (digits_params.json).
 Accuracies are on the test part, which is read once, at the end. Fields that are often changed:
 
     --config.budget.flops=0.25       a share of the full network, or a number of multiply-adds > 1

@@ -92,7 +92,8 @@ def test_run_meets_the_budget_and_tells(finished):
     for row in searched:
         assert row['share_flops'] == row['alive_flops'] / teacher['flops']
     scheduled = [row['scheduled_flops'] for row in searched]
-    assert scheduled == sorted(scheduled, reverse=True) and scheduled[-1] == 0.495
+    assert scheduled == sorted(scheduled, reverse=True)
+    assert scheduled[-1] == pytest.approx(0.495)
     search = report['search']
     assert search['budgets'] == {
         'flops': {'alive': searched[-1]['share_flops'], 'scheduled': scheduled[-1]}

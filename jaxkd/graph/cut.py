@@ -172,7 +172,7 @@ def at_fault(names: Sequence[str], differs: Callable[[Sequence[str]], bool]) -> 
     return found or list(names)
 
 
-# The outputs of a network made from the full one, as (full variables, inputs, in float64) gives them.
+# From the full network's variables, inputs, and whether in float64, to the outputs of another.
 Derived = Callable[[Any, Any, bool], list[np.ndarray]]
 
 

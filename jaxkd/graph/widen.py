@@ -17,15 +17,15 @@ import numpy as np
 
 from jaxkd import errors
 from jaxkd.graph import cut, structure
-from jaxkd.graph.trace import ChannelGroup, Graph, plain
+from jaxkd.graph.trace import ChannelGroup, Graph, Member, plain
 
 # How often each unit is there: int [units] by group name; 0 removes it, 1 keeps it. Groups that are
 # not mentioned are kept.
 Copies = Mapping[str, np.ndarray]
 
-# Copies get the same gradients, so that they would stay copies for ever. Their filters are therefore
-# multiplied by 1 + NOISE · N(0, 1): some percent move apart in training, and hardly move the outputs,
-# because what reads the copies takes their mean.
+# Copies get the same gradients, so that they would stay copies for ever. So the filters of all but
+# the first are multiplied by 1 + NOISE · N(0, 1): enough for training to move them apart, and hardly
+# seen in the outputs, because what reads copies takes their mean.
 NOISE = 0.05
 
 
@@ -43,8 +43,8 @@ def widen(
       seed: of the noise.
 
     Raises:
-      GraphError: for copies of a group that is frozen, or has channels of which a mean or the like
-        is taken; and where the wider network does not compute what the one without copies does.
+      GraphError: for copies of a group that cannot have any (see `stays`), and where the wider
+        network does not compute what the one without copies does.
     """
     copies = complete(graph, copies)
     found = at_fault(graph, copies)
@@ -75,14 +75,39 @@ def complete(graph: Graph, copies: Copies) -> dict[str, np.ndarray]:
             why = f'copies of group {name!r} must be whole numbers of at least 0'
             raise errors.GraphError(f'{why}, not {number.dtype} {number.tolist()}')
         graph.complete({name: number > 0})  # which has the sentences for the other mistakes
-        group = graph.by_name[name]
-        if (group.frozen or group.inexact) and (number > 1).any():
-            raise errors.GraphError(
-                f'group {name!r} cannot be widened: {group.frozen or group.inexact} '
-                f'({group.source})'
-            )
+        if (number > 1).any() and (why := stays(graph.by_name[name])):
+            raise errors.GraphError(f'group {name!r} cannot be widened: {why}')
         result[name] = number
     return result
+
+
+def stays(group: ChannelGroup) -> str | None:
+    """Why no unit of a group may be there more than once, as far as its members tell; or None."""
+    if group.frozen or group.inexact:
+        return f'{group.frozen or group.inexact} ({group.source})'
+    if group.size == 1 and min(p.shape[1] for p in group.positions) > 1:
+        return 'its channels are all tied to one another'
+    if not _readers(group):
+        return 'no weights read its channels, which could be shared out among copies'
+    return None
+
+
+def _readers(group: ChannelGroup) -> set[tuple[str, int]]:
+    """The axes of weights, by path and axis, over which the group's channels are summed up."""
+
+    def layer(member: Member) -> str:
+        return member.path.rpartition('/')[0]
+
+    members = list(zip(group.members, group.made, strict=True))
+    # What stands beside a kernel that makes the channels, such as its bias, is added to them.
+    makers = {layer(member): member.path for member, made in members if made}
+    return {
+        (member.path, member.axis)
+        for member, made in members
+        if not made
+        and member.path.startswith('params/')
+        and makers.get(layer(member), member.path) == member.path
+    }
 
 
 def at_fault(graph: Graph, copies: Copies, seed: int = 0) -> list[str]:
@@ -131,12 +156,7 @@ def repeat(graph: Graph, variables: Any, copies: Copies) -> Any:
     Leaves may be arrays or `jax.ShapeDtypeStruct`s.
     """
     orders = _orders(graph, copies)
-    readers = {
-        (member.path, member.axis)
-        for group in graph.groups
-        for member, made in zip(group.members, group.made, strict=True)
-        if not made and member.path.startswith('params/')
-    }
+    readers = set().union(*map(_readers, graph.groups))
 
     def visit(path, leaf):
         path = '/'.join(str(entry.key) for entry in path)

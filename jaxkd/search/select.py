@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse
 
 from jaxkd import errors
-from jaxkd.graph.trace import Graph
+from jaxkd.graph.trace import ChannelGroup, Graph
 from jaxkd.search import blocks as blocking
 
 # Share of the surplus that is removed at today's prices before prices are taken anew.
@@ -85,8 +85,7 @@ def select(
         budget.
       ConfigError: for scores, budgets or a rounding that cannot be.
     """
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
+    check_round_to(round_to)
     limits = blocking.resolve(graph, blocks)
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
@@ -104,6 +103,16 @@ def select(
     blocking.check_reachable(graph, limits, budgets, keep(least))
     levels = solve(problem)
     return keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
+
+
+def check_round_to(round_to: int) -> None:
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
+
+
+def step(group: ChannelGroup, round_to: int) -> int:
+    """Of how many units a group keeps a multiple, for its channels to be one of `round_to`."""
+    return round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
 
 
 def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -129,9 +138,8 @@ def _problem(
         if group.frozen or group.name not in scores:
             allowed = np.array([group.size])
         else:
-            step = round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
             numbers = np.arange(limit.least, limit.most + 1)
-            allowed = numbers[(numbers % step == 0) | (numbers == group.size)]
+            allowed = numbers[(numbers % step(group, round_to) == 0) | (numbers == group.size)]
             if not len(allowed):  # limits between two multiples
                 allowed = numbers[-1:]
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)

@@ -21,6 +21,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.blocks="(('block1/', {'strength': 2.0}), ('head', {'min_keep': 0.5}))"
     --config.blocks="(('block1[0-6]/', {'resource': 'params', 'start': 0.3, 'end': 0.8}),)"
     --config.blocks=auto             every module that repeats; the report says what each keeps
+    --config.search.expand=True      search for less, then widen to the budget again; layers may
+                                     become wider than they were
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
     --config.teacher.epochs=60.0
@@ -87,6 +89,11 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             'gates': 'norm',
             'coupling': 'max',  # of several norms: their largest scale, or the 'mean', or 'l2'
             'shrink': 0.7,  # cut when less than this share of what is computed is alive; 0 never
+            # Search for less, the share expand_from of each budget, and widen all that is left by
+            # a common factor to the budget again (MorphNet); so often, one search a time.
+            'expand': False,
+            'expand_from': 0.7,
+            'alternations': 1,
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     penalty: np.ndarray
 
 
-def search_curves(workdir: str | os.PathLike) -> dict[str, Curve]:
+def search_curves(workdir: str | os.PathLike, stage: str = 'search') -> dict[str, Curve]:
     """The curves of a run's search by the name of the budget, from its `metrics.jsonl`.
 
     A budget is named by its resource, such as 'flops', one of a block 'flops[block1/]'.
@@ -36,7 +36,7 @@ def search_curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     Raises:
       CheckpointError: for a damaged file.
     """
-    rows = [row for row in watch.read_metrics(workdir) if row['stage'] == 'search']
+    rows = [row for row in watch.read_metrics(workdir) if row['stage'] == stage]
     prefix = 'scheduled_'
     names = [key.removeprefix(prefix) for key in (rows or [{}])[0] if key.startswith(prefix)]
 
@@ -104,7 +104,7 @@ def plot_search(
             curve.steps, curve.scheduled, '--', color=colour, lw=1, label=f'{name}, scheduled'
         )
         penalties.plot(curve.steps, curve.penalty, color=colour, label=name)
-    shares.set(title='search', ylabel='share of the full network', ylim=(0, 1.05))
+    shares.set(title=path.stem, ylabel='share at the start', ylim=(0, 1.05))
     penalties.set(xlabel='step', ylabel='λ')
     for axes in (shares, penalties):
         axes.grid(alpha=0.3)

@@ -159,6 +159,20 @@ def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Str
     )
 
 
+def composed(first: Structure, then: Structure) -> Structure:
+    """The structure `then` of a network with the structure `first`, as one of the full network."""
+    groups = {
+        name: {
+            'size': group['size'],
+            'kept': [group['kept'][unit] for unit in then.groups[name]['kept']],
+        }
+        for name, group in first.groups.items()
+    }
+    return dataclasses.replace(
+        then, groups=groups, full=first.full, inexact={**first.inexact, **then.inexact}
+    )
+
+
 def module(model: nn.Module, structure: Structure) -> nn.Module:
     """The model, or the model of a compact one, at the structure's widths."""
     if isinstance(model, resize.CompactModule):

@@ -24,8 +24,8 @@ from jaxkd.graph.trace import ChannelGroup, Graph, Member, plain
 Copies = Mapping[str, np.ndarray]
 
 # Copies get the same gradients, so that they would stay copies for ever. So the filters of all but
-# the first are multiplied by 1 + NOISE · N(0, 1): enough for training to move them apart, and hardly
-# seen in the outputs, because what reads copies takes their mean.
+# the first are multiplied by 1 + NOISE · N(0, 1): enough for training to move them apart, and
+# hardly seen in the outputs, because what reads copies takes their mean.
 NOISE = 0.05
 
 

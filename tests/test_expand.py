@@ -22,7 +22,6 @@ from jaxkd import models
 from jaxkd.graph import structure, widen
 from jaxkd.search import blocks, expand
 
-
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
 

@@ -247,9 +247,7 @@ def test_blocks_are_found_from_the_command_line(environment, tmp_path):
 
 
 def test_searches_alternate_with_expansions(environment, tmp_path):
-    """Killed in the second search; what is widened twice ends at the budget, wider here and there.
-
-    """
+    """Killed in the second search; what is widened twice ends at the budget, wider in places."""
     flags = (
         '--config.teacher.epochs=1',
         '--config.search.epochs=1',
@@ -278,8 +276,9 @@ def test_searches_alternate_with_expansions(environment, tmp_path):
     assert list(report['seconds']) == ['teacher', 'search', 'search2', 'distil']
     for row, stage in zip(report['expand'], ('search', 'search2'), strict=True):
         assert row['stage'] == stage and row['factor'] > 1 and row['held'] == {}
-        assert abs(row['search']['budgets']['flops']['scheduled'] - 0.7) < 0.02 or stage == 'search'
         assert (workdir / f'{stage}.png').exists()
+    lowered = [row['search']['budgets']['flops']['scheduled'] for row in report['expand']]
+    np.testing.assert_allclose(lowered, [0.35, 0.7], atol=0.02)  # of what each began with
     small = jaxkd.load(workdir / 'compact')
     graph = jaxkd.trace(small.module, small.variables, np.zeros((1, 8, 8, 1), np.float32))
     assert graph.cost().flops == report['compact']['flops']

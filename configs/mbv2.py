@@ -22,6 +22,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.blocks="(('block1[0-6]/', {'resource': 'params', 'start': 0.3, 'end': 0.8}),)"
     --config.blocks=auto             every module that repeats; the report says what each keeps
     --config.blocks="(('block', {'removable': True}),)"     residual branches may go whole
+    --config.search.expand=True      search for less, then widen to the budget again; layers may
+                                     become wider than they were
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.seed=1
     --config.teacher.epochs=60.0
@@ -94,6 +96,11 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # Of every group that no block gives another, as a share; by default half of the width
             # at which a network as narrow everywhere would meet the budget.
             'min_keep': config_dict.placeholder(float),
+            # Search for less, the share expand_from of each budget, and widen all that is left by
+            # a common factor to the budget again (MorphNet); so often, one search a time.
+            'expand': False,
+            'expand_from': 0.7,
+            'alternations': 1,
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )

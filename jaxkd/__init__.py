@@ -13,6 +13,7 @@ from jaxkd.graph.latency import with_latency
 from jaxkd.graph.structure import CompactModel, Structure
 from jaxkd.graph.trace import ChannelGroup, Graph, trace
 from jaxkd.saved import load, save
+from jaxkd.search.expand import expand
 from jaxkd.search.learn import Search, SearchResult, learn_structure
 from jaxkd.search.prune import prune
 from jaxkd.search.select import select
@@ -32,6 +33,7 @@ __all__ = [
     'TrainingError',
     'compact',
     'cut',
+    'expand',
     'learn_structure',
     'load',
     'mask',

@@ -21,7 +21,7 @@ class Setup(NamedTuple):
     """What all stages of a run share.
 
     Attributes:
-      config: the whole config; a stage's own part has its name.
+      config: the whole config; a stage's own part has its name; see `settings`.
       workdir: each stage keeps its states in a folder of its name.
       stages: the names of the stages, in order.
       mesh: the devices.
@@ -60,9 +60,18 @@ def length(config: ml_collections.ConfigDict, size: int) -> int:
     return max(1, round(config.epochs * train.steps_per_epoch(size, config.batch_size)))
 
 
+def settings(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+    """The part of the config that a stage follows: 'search2' follows that of 'search'."""
+    return config[part(name)]
+
+
+def part(name: str) -> str:
+    return name.rstrip('0123456789')
+
+
 def schedule(setup: Setup, name: str) -> tuple[int, optax.Schedule]:
     """Length of a stage in steps, and its learning rate."""
-    config = setup.config[name]
+    config = settings(setup.config, name)
     size = setup.train.split.size
     steps = length(config, size)
     per_epoch = train.steps_per_epoch(size, config.batch_size)
@@ -106,7 +115,7 @@ def fit(
     Raises:
       TrainingError: if the loss is no finite number.
     """
-    config = setup.config[name]
+    config = settings(setup.config, name)
     steps, rate = schedule(setup, name)
     folder = setup.workdir / name
     teacher_model, teacher_variables = teacher or (None, {})
@@ -207,7 +216,7 @@ def fit(
             if not np.isfinite(means['loss']):
                 raise errors.TrainingError(
                     f'{name}: the loss was {means["loss"]} at step {step}; the last good state is '
-                    f'kept in {folder}. Lower config.{name}.learning_rate, now '
+                    f'kept in {folder}. Lower config.{part(name)}.learning_rate, now '
                     f'{config.learning_rate:g}, and start again in another workdir'
                 )
             speed = len(pending) * config.batch_size / (time.monotonic() - logged)

@@ -1,5 +1,8 @@
 """The method, stage by stage: teacher → search → compact → distil → report.
 
+With `config.search.expand`, what a search found is widened until the budgets are used up again, and
+may be searched once more: teacher → (search → expand) × alternations → distil → report.
+
 "Compact CNN Structure Learning by Knowledge Distillation" (Ahmed, Zunino, Morerio, Murino 2020,
 https://arxiv.org/abs/2104.09191). Every stage writes what it has reached to the workdir, so that a
 run that was stopped goes on with the same command.
@@ -24,16 +27,18 @@ import numpy as np
 from jaxkd import data, distill, errors, loop, models, saved, train, watch
 from jaxkd import report as telling
 from jaxkd import workdir as records
-from jaxkd.graph import cut, latency
+from jaxkd.graph import cut, latency, structure
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.search import blocks as blocking
 from jaxkd.search import control, criteria, learn, penalty, rounds
+from jaxkd.search import expand as expanding
 from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
-# The stages that train, and what one of their steps costs beside the teacher's, for the ETA.
-STAGES = {'teacher': 1.0, 'search': 1.3, 'distil': 0.9}
+# What one step of a stage costs beside the teacher's, for the ETA; later searches begin smaller.
+WEIGHTS = {'teacher': 1.0, 'search': 1.3, 'distil': 0.9}
+LATER = 1.0
 # How a structure is found: by gates, with the teacher or without, or by one of the criteria.
 LEARNED = ('learn', 'morphnet')
 # What the words in a config may be.
@@ -69,6 +74,22 @@ class Plan(NamedTuple):
     budgets: Sequence[blocking.Budget]
 
 
+class Aim(NamedTuple):
+    """What one search is after.
+
+    Attributes:
+      stage: its name.
+      graph: of the network that it begins with.
+      budget: by resource, a share of that network, or an absolute number above 1.
+      blocks: with budgets of their own in the same terms.
+    """
+
+    stage: str
+    graph: tracing.Graph
+    budget: Mapping[str, float]
+    blocks: blocking.Blocks
+
+
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Learns a compact structure and its weights; the report.
 
@@ -95,8 +116,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     )
     learning, validation = draw('train'), draw('validation')
     mean, std = data.statistics(learning)
+    weights = stages(config)
     lengths = [
-        (name, loop.length(config[name], learning.size), weight) for name, weight in STAGES.items()
+        (name, loop.length(loop.settings(config, name), learning.size), weight)
+        for name, weight in weights.items()
     ]
     full = plan.graph.cost()
     records.claim(workdir, config)
@@ -109,7 +132,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
         setup = loop.Setup(
             config=config,
             workdir=workdir,
-            stages=tuple(STAGES),
+            stages=tuple(weights),
             mesh=mesh,
             train=train.put(learning, mesh),
             validation=train.put(validation, mesh),
@@ -120,11 +143,22 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             display=display,
         )
         teacher = learn_teacher(setup, plan)
-        find = search_structure if config.search.method in LEARNED else prune_in_rounds
-        student, keep = find(setup, plan, teacher)
-        small = distil(setup, plan, teacher, cut.compact(plan.graph, student, keep))
+        found, expansions = find_structure(setup, plan, teacher)
+        small = distil(setup, plan, teacher, found)
         saved.save(workdir / 'compact', small)
-        return report(setup, plan, teacher, small)
+        return report(setup, plan, teacher, small, expansions)
+
+
+def stages(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """The stages that train, in order, and the weight of their steps for the ETA."""
+    number = config.search.alternations if config.search.expand else 1
+    later = {f'search{i}': LATER for i in range(2, number + 1)}
+    return {
+        'teacher': WEIGHTS['teacher'],
+        'search': WEIGHTS['search'],
+        **later,
+        'distil': WEIGHTS['distil'],
+    }
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -134,6 +168,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
+    _check_expansion(config)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
     try:
@@ -157,16 +192,70 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
     learn.movable(graph)
+    plan = Plan(model, info, graph, limits, budgets)
     # A budget that no choice can meet is refused now.
-    selecting.floor(graph, blocks=config.blocks, round_to=config.search.round_to, **config.budget)
-    for name in STAGES:
+    aim = make_aim(config, plan, 'search', graph)
+    selecting.floor(graph, blocks=aim.blocks, round_to=config.search.round_to, **aim.budget)
+    for name in WEIGHTS:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(
                 f'{name}.batch_size',
                 config[name].batch_size,
                 why=f'it must be a multiple of the number of devices, {jax.device_count()}',
             )
-    return Plan(model, info, graph, limits, budgets)
+    return plan
+
+
+def _check_expansion(config: ml_collections.ConfigDict) -> None:
+    search = config.search
+    if not 0 < search.expand_from < 1:
+        why = 'it must be a share of the budgets in (0, 1)'
+        raise errors.ConfigError('search.expand_from', search.expand_from, why=why)
+    if search.alternations < 1:
+        raise errors.ConfigError('search.alternations', search.alternations, why='it must be ≥ 1')
+    if search.alternations > 1 and not search.expand:
+        why = 'searches alternate with expansions: set search.expand=True'
+        raise errors.ConfigError('search.alternations', search.alternations, why=why)
+    if search.alternations > 1 and not isinstance(config.blocks, str):
+        for pattern, settings in config.blocks:
+            for limit in ('min_keep', 'max_keep'):
+                if isinstance(dict(settings).get(limit), float):
+                    why = (
+                        'groups change their size from one alternation to the next: say how many '
+                        'channels, as an int'
+                    )
+                    raise errors.ConfigError(
+                        f'blocks[{pattern!r}].{limit}', settings[limit], why=why
+                    )
+
+
+def make_aim(
+    config: ml_collections.ConfigDict, plan: Plan, stage: str, graph: tracing.Graph
+) -> Aim:
+    """What a search of the network with this graph is after.
+
+    What will be widened is searched for less: the share `expand_from` of every budget.
+    """
+    if not config.search.expand:
+        return Aim(stage, graph, dict(config.budget), config.blocks)
+    cost = graph.cost()
+
+    def lower(budget: blocking.Budget) -> float:
+        now = budget.share(cost) * budget.full
+        return min(1.0, config.search.expand_from * budget.most / now)
+
+    budgets = limiting(plan)
+    blocks = blocking.pairs(graph, config.blocks)
+    for pattern, settings in blocks:
+        if 'budget' in settings:
+            settings['budget'] = {b.resource: lower(b) for b in budgets if b.block == pattern}
+    return Aim(stage, graph, {b.resource: lower(b) for b in budgets if not b.block}, blocks)
+
+
+def limiting(plan: Plan) -> list[blocking.Budget]:
+    """The budgets to widen to: where none is set, the multiply-adds of the full network."""
+    whole = any(not budget.block for budget in plan.budgets)
+    return [*plan.budgets, *([] if whole else blocking.every_budget(plan.graph, flops=1.0))]
 
 
 def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
@@ -188,8 +277,75 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     return train.averaged(state)
 
 
-def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, tracing.Keep]:
-    """Distils the teacher into a copy of itself whose channels have to pay for what they cost.
+def find_structure(
+    setup: loop.Setup, plan: Plan, teacher: Any
+) -> tuple[CompactModel, list[dict[str, Any]]]:
+    """The compact network; and of each expansion, what the report says."""
+    config = setup.config
+    search = search_structure if config.search.method in LEARNED else prune_in_rounds
+    graph, start, found = plan.graph, teacher, None
+    expansions: list[dict[str, Any]] = []
+    for stage in [name for name in setup.stages if loop.part(name) == 'search']:
+        if found:  # search on, from the network that was widened
+            graph = trace_again(config, plan, found)
+        aim = make_aim(config, plan, stage, graph)
+        student, keep = search(setup, plan, aim, start, teacher)
+        if not config.search.expand:
+            return cut.compact(graph, student, keep), expansions
+        small, expansion = expanding.expanded(
+            graph,
+            student,
+            keep,
+            limiting(plan),
+            blocks=config.blocks,
+            round_to=config.search.round_to,
+            seed=config.seed,
+        )
+        record = structure.composed(found.structure, small.structure) if found else small.structure
+        found = CompactModel(small.module, small.variables, record)
+        start = small.variables
+        expansions.append(
+            {
+                'stage': stage,
+                'factor': expansion.factor,
+                'held': expansion.held,
+                'search': telling.tracking(telling.search_curves(setup.workdir, stage)),
+            }
+        )
+        setup.display.message(f'{stage}: widened by {expansion.factor:.3f}')
+    return found, expansions
+
+
+def trace_again(
+    config: ml_collections.ConfigDict, plan: Plan, found: CompactModel
+) -> tracing.Graph:
+    """The graph of a network that was widened, whose groups are those of the full one.
+
+    Raises:
+      GraphError: if it hangs together differently.
+    """
+    inputs = plan.graph.inputs
+    graph = tracing.trace(
+        found.module, found.variables, *inputs, inexact=config.inexact, train=False
+    )
+    sizes = {name: len(group['kept']) for name, group in found.structure.groups.items()}
+    if graph.sizes != sizes:
+        other = sorted(dict(graph.sizes.items() ^ sizes.items()))
+        raise errors.GraphError(
+            f'the groups {", ".join(other)} of the widened {type(plan.model).__name__} are not '
+            'those of the full one, so that it cannot be searched again; '
+            'set config.search.alternations=1'
+        )
+    return blocking.measured(graph, config.budget.get('latency'), config.blocks)
+
+
+def search_structure(
+    setup: loop.Setup, plan: Plan, aim: Aim, start: Any, teacher: Any
+) -> tuple[Any, tracing.Keep]:
+    """Distils the teacher into a network whose channels have to pay for what they cost.
+
+    The network is a copy of the teacher, or one that was widened; it begins with the variables
+    `start`.
 
     Loss: (1-α) CE + α T² KL + Σ_blocks λ · strength · Σ price · |gate| / F(all), the last as a
     proximal step and over the gates that are to close next alone. λ is steered so that the cost
@@ -198,23 +354,23 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
     the loss is without a teacher, α = 0 (Gordon et al. 2018, https://arxiv.org/abs/1711.06798).
 
     Returns:
-      The student's variables, at the full widths, and what to keep of them.
+      The student's variables, at the widths of its graph, and what to keep of them.
     """
-    config = setup.config.search
+    config, graph = setup.config.search, aim.graph
     alpha = 0.0 if config.method == 'morphnet' else config.alpha
-    steps, schedule = loop.schedule(setup, 'search')
+    steps, schedule = loop.schedule(setup, aim.stage)
     course = learn.course(
-        plan.graph,
+        graph,
         steps=steps,
         learning_rate=schedule,
         ramp=config.ramp,
         gates=config.gates,
         coupling=config.coupling,
         shrink=config.shrink,
-        blocks=setup.config.blocks,
+        blocks=aim.blocks,
         round_to=config.round_to,
         min_keep=config.min_keep,
-        **setup.config.budget,
+        **aim.budget,
     )
     body = learn.follow(course)
 
@@ -223,25 +379,25 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         paid = penalty.proximal(found.gates, schedule, config.coupling)
         return loop.Network(found.module, (paid,), functools.partial(gating.fold, found.gates))
 
-    student = {**teacher, 'params': gating.gated(course.gates, teacher['params'])}
+    student = {**start, 'params': gating.gated(course.gates, start['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
         memory = learn.press(body(memory.physical), step, state.params, memory)
         return memory, {'strength': learn.strength(body(memory.physical), memory)}
 
     def facts(memory: control.State) -> dict[str, float]:
-        cost = plan.graph.cost(control.alive(plan.graph, memory))
+        cost = graph.cost(control.alive(graph, memory))
         return {
             **_alive(cost._asdict()),
-            'physical_flops': plan.graph.cost(memory.physical).flops,
+            'physical_flops': graph.cost(memory.physical).flops,
             'lambda': float(memory.penalty.sum()),
             **control.record(cost, memory, course.budgets),
         }
 
-    whole = learn.body(course, plan.graph.keep_all())
+    whole = learn.body(course, graph.keep_all())
     state, memory = loop.fit(
         setup,
-        'search',
+        aim.stage,
         network,
         student,
         _soft_loss(alpha, config.temperature),
@@ -250,28 +406,32 @@ def search_structure(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, 
         memory=learn.first(whole, student['params']),
         steer=steer,
         kept=lambda memory: memory.physical,
-        narrow=functools.partial(learn.narrow, plan.graph),
+        narrow=functools.partial(learn.narrow, graph),
     )
     telling.plot_search(
-        telling.search_curves(setup.workdir),
-        setup.workdir / 'search.png',
+        telling.search_curves(setup.workdir, aim.stage),
+        setup.workdir / f'{aim.stage}.png',
         say=setup.display.message,
     )
     found = body(memory.physical)
-    student = learn.whole(found, train.variables(state), teacher)
+    student = learn.whole(found, train.variables(state), start)
     return student, learn.choose(found, state.params, memory)
 
 
-def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, tracing.Keep]:
-    """Cuts a copy of the teacher by a criterion, in rounds, and distils the teacher into the rest.
+def prune_in_rounds(
+    setup: loop.Setup, plan: Plan, aim: Aim, start: Any, teacher: Any
+) -> tuple[Any, tracing.Keep]:
+    """Cuts a network by a criterion, in rounds, and distils the teacher into the rest.
 
-    As long as a search, and with its loss, so that the two can be compared.
+    The network is a copy of the teacher, or one that was widened; it begins with the variables
+    `start`. As long as a search, and with its loss, so that the two can be compared.
 
     Returns:
-      The student's variables, at the full widths, and what to keep of them.
+      The student's variables, at the widths of its graph, and what to keep of them.
     """
-    config, graph = setup.config.search, plan.graph
-    steps, _ = loop.schedule(setup, 'search')
+    config, graph = setup.config.search, aim.graph
+    budgets = blocking.budgets(graph, aim.blocks, **aim.budget)
+    steps, _ = loop.schedule(setup, aim.stage)
     images = train.batches(
         setup.train, config.batch_size, setup.mesh, seed=setup.config.seed, start=0, stop=EVIDENCE
     )
@@ -290,18 +450,18 @@ def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, t
                 keep,
                 config.method,
                 criteria.Evidence(loss, evidence, setup.config.seed),
-                plan.budgets,
+                budgets,
                 progress,
-                blocks=setup.config.blocks,
+                blocks=aim.blocks,
                 round_to=config.round_to,
             )
         return keep, {}
 
     state, keep = loop.fit(
         setup,
-        'search',
+        aim.stage,
         network,
-        teacher,
+        start,
         _soft_loss(config.alpha, config.temperature),
         facts=lambda keep: _alive(graph.cost(keep)._asdict()),
         teacher=(plan.model, teacher),
@@ -310,7 +470,7 @@ def prune_in_rounds(setup: loop.Setup, plan: Plan, teacher: Any) -> tuple[Any, t
         kept=lambda keep: keep,
         narrow=functools.partial(cut.cut, graph),
     )
-    return cut.restore(graph, train.variables(state), keep, teacher), keep
+    return cut.restore(graph, train.variables(state), keep, start), keep
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:
@@ -343,7 +503,13 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     return CompactModel(small.module, train.averaged(state), small.structure)
 
 
-def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> dict[str, Any]:
+def report(
+    setup: loop.Setup,
+    plan: Plan,
+    teacher: Any,
+    small: CompactModel,
+    expansions: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Reads the test part, for the first and last time, and writes down what came out."""
     config = setup.config
     test = train.put(data.load(config.data.name, 'test', data_dir=config.data.dir), setup.mesh)
@@ -395,6 +561,8 @@ def report(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         'versions': records.versions(),
         'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
     }
+    if expansions:
+        result['expand'] = list(expansions)
     if 'latency' in plan.graph.resources:
         result['latency'] = _latency(plan.graph, networks)
     records.write_json(setup.workdir / 'report.json', result)

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     penalty: np.ndarray
 
 
-def search_curves(workdir: str | os.PathLike) -> dict[str, Curve]:
+def search_curves(workdir: str | os.PathLike, stage: str = 'search') -> dict[str, Curve]:
     """The curves of a run's search by the name of the budget, from its `metrics.jsonl`.
 
     A budget is named by its resource, such as 'flops', one of a block 'flops[block1/]'.
@@ -36,7 +36,7 @@ def search_curves(workdir: str | os.PathLike) -> dict[str, Curve]:
     Raises:
       CheckpointError: for a damaged file.
     """
-    rows = [row for row in watch.read_metrics(workdir) if row['stage'] == 'search']
+    rows = [row for row in watch.read_metrics(workdir) if row['stage'] == stage]
     prefix = 'scheduled_'
     names = [key.removeprefix(prefix) for key in (rows or [{}])[0] if key.startswith(prefix)]
 
@@ -82,15 +82,17 @@ def removals(workdir: str | os.PathLike) -> dict[str, Any]:
     """What became of a run's network where channels were removed, from its `metrics.jsonl`.
 
     Returns:
-      'cuts': how often the search cut closed channels away. 'before' and 'after': the validation
+      'cuts': how often a search cut closed channels away. 'before' and 'after': the validation
       metrics of the network at the end of the search, and cut to its structure.
     """
     rows = watch.read_metrics(workdir)
-    computed = [row.get('physical_flops') for row in rows if row['stage'] == 'search']
-    ends = {'before': [row for row in rows if row['stage'] == 'search'][-1]}
+    searched = [row for row in rows if row['stage'].startswith('search')]
+    sizes = {(row['stage'], row.get('physical_flops')) for row in searched}
+    cuts = len(sizes) - len({row['stage'] for row in searched})
+    ends = {'before': searched[-1]}
     ends['after'] = next(row for row in rows if row['stage'] == 'distil')
     metrics = ('validation_accuracy', 'validation_loss')
-    return {'cuts': len(set(computed)) - 1} | {
+    return {'cuts': cuts} | {
         end: {metric: row[metric] for metric in metrics} for end, row in ends.items()
     }
 
@@ -121,7 +123,7 @@ def plot_search(
             curve.steps, curve.scheduled, '--', color=colour, lw=1, label=f'{name}, scheduled'
         )
         penalties.plot(curve.steps, curve.penalty, color=colour, label=name)
-    shares.set(title='search', ylabel='share of the full network', ylim=(0, 1.05))
+    shares.set(title=path.stem, ylabel='share at the start', ylim=(0, 1.05))
     penalties.set(xlabel='step', ylabel='λ')
     for axes in (shares, penalties):
         axes.grid(alpha=0.3)

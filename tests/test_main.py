@@ -178,6 +178,16 @@ def _refused(environment, workdir, *flags, status=2):
         (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
         (['--config.blocks=automatic'], ["'auto'", 'tuple of pairs']),
         (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
+        (['--config.search.alternations=2'], ['search.alternations', 'search.expand=True']),
+        (['--config.search.expand_from=1.5'], ['search.expand_from', '(0, 1)']),
+        (
+            [
+                '--config.search.expand=True',
+                '--config.search.alternations=2',
+                "--config.blocks=(('head', {'min_keep': 0.5}),)",
+            ],
+            ['min_keep', 'alternation', 'int'],
+        ),
         (['--config.search.epoch=3'], ['search.epoch', 'epochs']),
         (['--config=configs/mbv2.py:mnist'], ['mnist', 'fashion_mnist']),
         (['--config=configs/nothing.py'], ['configs/nothing.py']),
@@ -260,6 +270,44 @@ def test_a_criterion_in_rounds_and_new_weights_from_the_command_line(environment
     assert shares[0] == 1 and 0.5**0.5 - 0.01 < shares[1] <= 0.5**0.5 and shares[-1] <= 0.5
     # New weights, which have learned nothing in an epoch.
     assert report['removal']['after'] != report['removal']['before']
+
+
+def test_searches_alternate_with_expansions(environment, tmp_path):
+    """Killed in the second search; what is widened twice ends at the budget, wider in places."""
+    flags = (
+        '--config.teacher.epochs=1',
+        '--config.search.epochs=1',
+        '--config.search.expand=True',
+        '--config.search.alternations=2',
+    )
+    workdir = tmp_path / 'work'
+    process = subprocess.Popen(
+        _command(workdir, *flags), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(entry.name.isdigit() for entry in (workdir / 'search2').glob('*')):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, 'the run ended before search2 saved a state'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = _run(environment, workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert 'search2: going on at step' in done.stderr and 'search2: widened by' in done.stderr
+
+    report = json.loads((workdir / 'report.json').read_text())
+    assert 0.99 * 0.5 <= report['reached']['flops'] <= 0.5
+    assert any(row['kept'] > row['size'] for row in report['blocks'])
+    assert list(report['seconds']) == ['teacher', 'search', 'search2', 'distil']
+    for row, stage in zip(report['expand'], ('search', 'search2'), strict=True):
+        assert row['stage'] == stage and row['factor'] > 1 and row['held'] == {}
+        assert (workdir / f'{stage}.png').exists()
+    lowered = [row['search']['budgets']['flops']['scheduled'] for row in report['expand']]
+    np.testing.assert_allclose(lowered, [0.3465, 0.693], atol=0.02)  # of what each began with
+    small = jaxkd.load(workdir / 'compact')
+    graph = jaxkd.trace(small.module, small.variables, np.zeros((1, 8, 8, 1), np.float32))
+    assert graph.cost().flops == report['compact']['flops']
 
 
 def test_saved_models_are_checked(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -141,7 +142,7 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
         variables, inputs = random_arguments(graph, seed)
         _run_compact(graph, keep, variables, inputs)
         keep |= inexact
-    difference = _measure(graph, keep, seed)
+    difference = measure(graph, keep, seed)
     if difference <= TOLERANCE:
         return difference
 
@@ -159,7 +160,7 @@ def verify(graph: Graph, keep: Keep, *, seed: int = 0) -> float:
 
 def agrees(graph: Graph, keep: Keep, seed: int = 0) -> bool:
     """Whether the masked and the compact network compute the same, but for rounding."""
-    return _measure(graph, keep, seed) <= TOLERANCE
+    return measure(graph, keep, seed) <= TOLERANCE
 
 
 def at_fault(names: Sequence[str], differs: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -171,12 +172,21 @@ def at_fault(names: Sequence[str], differs: Callable[[Sequence[str]], bool]) -> 
     return found or list(names)
 
 
-def _measure(graph: Graph, keep: Keep, seed: int) -> float:
-    difference = _difference(graph, keep, seed)
+# From the full network's variables, inputs, and whether in float64, to the outputs of another.
+Derived = Callable[[Any, Any, bool], list[np.ndarray]]
+
+
+def measure(graph: Graph, keep: Keep, seed: int, derived: Derived | None = None) -> float:
+    """How far a network is from the masked one, as a share of the largest output; inf at its worst.
+
+    The network is the compact one, or that which `derived` runs.
+    """
+    derived = derived or functools.partial(_run_compact, graph, keep)
+    difference = _difference(graph, keep, seed, derived, False)
     if difference <= TOLERANCE:
         return difference
     # Half precision rounds by more, and a deep network may amplify what float32 rounds: once more.
-    return _difference(graph, keep, seed, precise=True)
+    return _difference(graph, keep, seed, derived, True)
 
 
 def rehearse(graph: Graph, gone: Collection[str] = (), *, seed: int = 0) -> None:
@@ -211,9 +221,19 @@ def _run_compact(
 ) -> list[np.ndarray]:
     """The outputs of the compact network, given the full network's variables."""
     module, _ = narrowed(graph, keep)
-    small = outputs_of(module, graph.apply_kwargs)
+    return run_at(graph, module, cut(graph, variables, keep), inputs, precise)
+
+
+def run_at(
+    graph: Graph, module: nn.Module, variables: Any, inputs: Any, precise: bool
+) -> list[np.ndarray]:
+    """The outputs of a module that runs the graph's model at other widths, with its own variables.
+
+    Raises:
+      GraphError: where the model's code cannot; with the layer and the line.
+    """
     try:
-        return _run(small, cut(graph, variables, keep), inputs, precise)
+        return _run(outputs_of(module, graph.apply_kwargs), variables, inputs, precise)
     except Exception as error:
         layer, line = where(error)
         raise errors.GraphError(
@@ -238,12 +258,12 @@ def where(error: Exception) -> tuple[str, str]:
     return layer, line
 
 
-def _difference(graph: Graph, keep: Keep, seed: int, precise: bool = False) -> float:
+def _difference(graph: Graph, keep: Keep, seed: int, derived: Derived, precise: bool) -> float:
     variables, inputs = random_arguments(graph, seed)
     with futures.ThreadPoolExecutor(2) as pool:  # XLA compiles the two side by side
         runs = (
             pool.submit(_run, _full(graph, inputs), mask(graph, variables, keep), inputs, precise),
-            pool.submit(_run_compact, graph, keep, variables, inputs, precise),
+            pool.submit(derived, variables, inputs, precise),
         )
         masked, compacted = (run.result() for run in runs)
     if not all(np.isfinite(a).all() for a in masked) or not any(a.any() for a in masked):

@@ -23,7 +23,8 @@ class Structure:
     Attributes:
       model: {'module', 'class', 'arguments'}: where the full model's class is defined, and its
         fields. `arguments` is None where a field cannot be written as JSON.
-      groups: by name, {'size': units of the full network, 'kept': indices of the units kept}.
+      groups: by name, {'size': units of the full network, 'kept': indices of the units kept}. In a
+        network that was widened, a unit is there as often as its index.
       widths, full_widths: by layer, the shapes of its parameters in the compact and in the full
         network.
       inputs: shape (with the batch traced) and dtype of each input.
@@ -43,9 +44,14 @@ class Structure:
 
     @property
     def keep(self) -> dict[str, np.ndarray]:
-        """bool [size] by group name."""
+        """Which units there are, bool [size] by group name."""
+        return {name: copies > 0 for name, copies in self.copies.items()}
+
+    @property
+    def copies(self) -> dict[str, np.ndarray]:
+        """How often each unit is there, int [size] by group name: 0 or 1 unless widened."""
         return {
-            name: np.isin(np.arange(group['size']), group['kept'])
+            name: np.bincount(np.asarray(group['kept'], int), minlength=group['size'])
             for name, group in self.groups.items()
         }
 
@@ -124,8 +130,12 @@ def widths(tree: Any) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
     """The structure that `keep` gives the traced network, whose variables then have `shapes`."""
-    keep = graph.complete(keep)
-    full, compact = graph.cost(), graph.cost(keep)
+    return repeated(graph, graph.complete(keep), shapes)
+
+
+def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Structure:
+    """`record` of a network that has each unit so many times, [size] by the name of every group."""
+    full, compact = graph.cost(), graph.polynomial.cost(copies)
     model, full_widths = graph.model, widths(graph.variables)
     if isinstance(model, resize.CompactModule):  # a compact network cut further
         full_widths = {layer: dict(shapes) for layer, shapes in model.full_widths.items()}
@@ -134,8 +144,8 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
     return Structure(
         model=describe(model),
         groups={
-            name: {'size': len(alive), 'kept': np.flatnonzero(alive).tolist()}
-            for name, alive in keep.items()
+            name: {'size': len(number), 'kept': np.repeat(np.arange(len(number)), number).tolist()}
+            for name, number in copies.items()
         },
         widths=widths(shapes),
         full_widths=full_widths,
@@ -145,7 +155,21 @@ def record(graph: Graph, keep: Keep, shapes: Any) -> Structure:
         ),
         full={resource: getattr(full, resource) for resource in resources},
         compact={resource: getattr(compact, resource) for resource in resources},
-        inexact={g.name: g.inexact for g in graph.groups if g.inexact and not keep[g.name].all()},
+        inexact={g.name: g.inexact for g in graph.groups if g.inexact and not copies[g.name].all()},
+    )
+
+
+def composed(first: Structure, then: Structure) -> Structure:
+    """The structure `then` of a network with the structure `first`, as one of the full network."""
+    groups = {
+        name: {
+            'size': group['size'],
+            'kept': [group['kept'][unit] for unit in then.groups[name]['kept']],
+        }
+        for name, group in first.groups.items()
+    }
+    return dataclasses.replace(
+        then, groups=groups, full=first.full, inexact={**first.inexact, **then.inexact}
     )
 
 

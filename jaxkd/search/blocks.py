@@ -290,6 +290,11 @@ def budgets(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Bu
         below the full network's or as a block's resource where it has not been measured, and for a
         block that has a budget but no layers.
     """
+    return [budget for budget in every_budget(graph, blocks, **asked) if budget.most < budget.full]
+
+
+def every_budget(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Budget]:
+    """`budgets`, with those that the full network meets: a share of 1 is all that it has."""
     cost = graph.cost()
     result = []
     taken: set[str] = set()
@@ -310,7 +315,7 @@ def budgets(graph: Graph, blocks: Blocks = (), **asked: float | None) -> list[Bu
         _check_budget('budget', graph, resource, most)
         if resource in graph.resources:
             result.append(_budget(cost, resource, most))
-    return [budget for budget in result if budget.most < budget.full]
+    return result
 
 
 def _budget(

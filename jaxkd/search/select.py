@@ -19,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from jaxkd import errors
-from jaxkd.graph.trace import Graph, Keep
+from jaxkd.graph.trace import ChannelGroup, Graph, Keep
 from jaxkd.search import blocks as blocking
 
 # Share of the surplus that is removed at today's prices before prices are taken anew.
@@ -99,8 +99,7 @@ def select(
         budget.
       ConfigError: for scores, budgets or a rounding that cannot be.
     """
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
+    check_round_to(round_to)
     limits = blocking.resolve(graph, blocks, min_keep)
     for name, units in (held or {}).items():
         least = max(limits[name].least, int(units.sum()))
@@ -153,6 +152,16 @@ def floor(
     return 1
 
 
+def check_round_to(round_to: int) -> None:
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
+
+
+def step(group: ChannelGroup, round_to: int) -> int:
+    """Of how many units a group keeps a multiple, for its channels to be one of `round_to`."""
+    return round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
+
+
 def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The units of a group, best first; equal ones in their order."""
     score = np.asarray(scores.get(name, np.zeros(size)), float)
@@ -184,9 +193,8 @@ def _problem(
         if group.frozen or group.name not in scores:
             allowed = np.array([group.size])
         else:
-            step = round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
             numbers = np.arange(limit.least or limit.some, limit.most + 1)
-            allowed = numbers[(numbers % step == 0) | (numbers == group.size)]
+            allowed = numbers[(numbers % step(group, round_to) == 0) | (numbers == group.size)]
             if not len(allowed):  # limits between two multiples
                 allowed = numbers[-1:]
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)

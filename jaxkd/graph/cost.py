@@ -144,6 +144,19 @@ class Polynomial(NamedTuple):
         totals = (sum(getattr(row, r) for row in listed) for r in RESOURCES)
         return Cost(*totals, self._peak(alive), listed)
 
+    def amount(self, keep: Keep, resource: str, layers: Collection[str] | None = None) -> float:
+        """What `cost` says of one resource, of what `layers` pay or all layers, at less expense."""
+        alive = [form(keep) for form in self.forms]
+        terms = [term for term in self.terms if layers is None or term.layer in layers]
+
+        def paid(term: Term) -> float:
+            return term.coefficient * math.prod(alive[i] for i in term.forms)
+
+        if resource == 'latency':
+            working = {term.layer for term in terms if term.resource == 'flops' and paid(term)}
+            terms = [term for term in terms if term.layer in working]
+        return sum(paid(term) for term in terms if term.resource == resource)
+
     def _peak(self, alive: Sequence[int]) -> int:
         """The most bytes that are alive at one time, given the positions alive in each form."""
         change = np.zeros(max((live.last for live in self.lives), default=0) + 2, np.int64)

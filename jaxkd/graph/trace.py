@@ -209,6 +209,12 @@ class Graph:
         """The cost of one example with `keep` (of the full network without)."""
         return self.polynomial.cost(self.complete(keep))
 
+    def amount(
+        self, keep: Keep | None, resource: str, layers: Collection[str] | None = None
+    ) -> float:
+        """One resource of `cost(keep)`, in all layers or those named, at less expense."""
+        return self.polynomial.amount(self.complete(keep), resource, layers)
+
     def price(
         self, keep: Keep | None, resource: str, layers: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ pressed yet, or no more, leave the schedule to the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -147,12 +148,16 @@ def decide(
         if progress >= budget.end and error > 0:  # overdue: what holds out gives in soon
             growth = period / (horizon * AHEAD[0])
         corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)
+        others = any(s.any() for s in strength.values())  # press as well, by now and by then
+        needs = None
         for part in AHEAD:
-            pressed = {name: s * rate * part for name, s in strength.items()}
-            ahead = due(budget, progress + horizon * part)
-            needed = _needed(graph, keep, efforts, pressed, price, budget, ahead)
+            if others or needs is None:
+                pressed = {name: s * rate * part for name, s in strength.items()}
+                needs = _needed(graph, keep, efforts, pressed, price, budget)
+            needed = needs(due(budget, progress + horizon * part))
             penalties[i] = max(penalties[i], needed / max(rate * part, 1e-30))
         penalties[i] *= corrections[i]
+        # Who is pressed: what is to close by the end of the whole horizon, the last part.
         for name, ratio in _ratios(efforts, pressed, price).items():
             strength[name] += np.where(ratio <= needed, penalties[i] * price[name], 0.0)
     strength = {
@@ -209,9 +214,8 @@ def _needed(
     pressed: Mapping[str, np.ndarray],
     price: Mapping[str, np.ndarray],
     budget: blocking.Budget,
-    goal: float,
-) -> float:
-    """The least threshold per price that closes enough gates to bring a budget's share to `goal`.
+) -> Callable[[float], float]:
+    """The least threshold per price that closes enough gates to bring a budget's share to a goal.
 
     It comes on top of the thresholds that are `pressed` already.
     """
@@ -219,20 +223,24 @@ def _needed(
     ratios = np.concatenate([r[keep[name] & (price[name] > 0)] for name, r in ratio.items()])
     ratios = np.sort(ratios)
 
-    def met(number: int) -> bool:
-        """Whether closing the gates with the `number` smallest ratios is enough."""
+    @functools.cache  # goals are close to one another
+    def left(number: int) -> float:
+        """The share without the gates with the `number` smallest ratios."""
         edge = ratios[number - 1] if number else -1.0
         rest = keep | {
             name: keep[name] & ~((r <= edge) | _gone(pressed[name], efforts[name]))
             for name, r in ratio.items()
         }
-        return budget.share(graph.cost(rest)) <= goal
+        return graph.amount(rest, budget.resource, budget.layers) / budget.full
 
-    low, high = 0, len(ratios)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if met(middle) else (middle + 1, high)
-    return float(ratios[low - 1]) if low else 0.0
+    def needed(goal: float) -> float:
+        low, high = 0, len(ratios)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if left(middle) <= goal else (middle + 1, high)
+        return float(ratios[low - 1]) if low else 0.0
+
+    return needed
 
 
 def _ratios(

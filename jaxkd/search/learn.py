@@ -212,10 +212,11 @@ def press(body: Body, step: int, params: Any, memory: control.State) -> control.
         period=course.period / course.down,
         rate=float(course.rates[step : step + horizon].sum()),
     )
-    alive = control.alive(course.graph, memory)
-    computed = course.graph.cost(memory.physical).flops
-    if course.graph.cost(alive).flops < course.shrink * computed:
-        memory = memory._replace(physical=alive)
+    if course.shrink:
+        alive = control.alive(course.graph, memory)
+        computed = course.graph.amount(memory.physical, 'flops')
+        if course.graph.amount(alive, 'flops') < course.shrink * computed:
+            memory = memory._replace(physical=alive)
     return memory
 
 

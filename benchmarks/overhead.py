@@ -4,7 +4,8 @@
 
 Two measurements on digits with configs/mbv2.py's network. Steps: of distillation, of the search
 (penalty, controller and all, nothing cut), of plain training, and of the teacher's forward pass
-alone, taking turns, as medians. Stages: search and distillation as the config has them, against
+alone, taking turns, as medians. A turn is as many steps as the config's search makes from one round
+of control to the next. Stages: search and distillation as the config has them, against
 plain training of the full network for as many epochs, compilation included.
 """
 
@@ -23,7 +24,7 @@ import machine
 import numpy as np
 
 from configs import mbv2
-from jaxkd import cpu, data, pipeline, train
+from jaxkd import cpu, data, loop, pipeline, train
 from jaxkd.search import learn, penalty
 
 
@@ -70,7 +71,8 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
         jax.jit(plan.model.init, static_argnames='train')(jax.random.key(0), image, train=False),
         mesh,
     )
-    course = learn.course(plan.graph, steps=10_000, learning_rate=0.02, shrink=0.0, **config.budget)
+    length = loop.length(config.search, learning.size)
+    course = learn.course(plan.graph, steps=length, learning_rate=0.02, **config.budget)
     body = learn.body(course, plan.graph.keep_all())
     paid = penalty.proximal(body.gates, 0.02)
     memory = learn.first(body, variables['params'])
@@ -92,15 +94,17 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
     valid = np.ones(64, bool)
     taken: dict[str, list[float]] = {name: [] for name in (*runs, "teacher's forward pass")}
     for number in range(repeats + 2):
-        for name, (step, state, taught) in runs.items():
+        turn = range(number * course.period, (number + 1) * course.period)
+        for name, (step, _, taught) in runs.items():
             start = time.perf_counter()
-            extra = {}
-            if name == 'search':
-                memory = learn.press(body, number * course.period, state.params, memory)
-                extra = {'strength': learn.strength(body, memory)}
-            runs[name][1], metrics = step(state, batch, taught, extra)
+            for i in turn:
+                extra, state = {}, runs[name][1]
+                if name == 'search':
+                    memory = learn.press(body, i, state.params, memory)
+                    extra = {'strength': learn.strength(body, memory)}
+                runs[name][1], metrics = step(state, batch, taught, extra)
             jax.block_until_ready((runs[name][1], metrics))
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append((time.perf_counter() - start) / len(turn))
         start = time.perf_counter()
         jax.block_until_ready(forward(variables, batch, valid))
         taken["teacher's forward pass"].append(time.perf_counter() - start)

@@ -380,7 +380,7 @@ def test_compact_is_masked_and_costs_what_was_promised(model, seed):
     anew = jaxkd.trace(small.module, small.variables, IMAGES)
     assert anew.cost() == graph.cost(keep)
     for resource in ('flops', 'params', 'activations'):
-        assert graph.amount(keep, resource) == getattr(graph.cost(keep), resource)
+        assert graph.amount(graph.vector(keep), resource) == getattr(graph.cost(keep), resource)
     # A convolution whose groups have one channel left is depthwise: it can be cut more finely.
     # An axis of size one says nothing about what it is flattened with.
     if not any(op.kind == 'grouped' for op in model.ops) and all(

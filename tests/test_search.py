@@ -523,7 +523,7 @@ def test_resources_of_blocks_are_as_strong_as_the_budgets(pyramid):
     """Charged by params, what each channel pays is its share of the parameters times λ."""
     limits = blocks.resolve(pyramid, [('conv3', {'resource': 'params', 'strength': 3.0})])
     (budget,) = blocks.budgets(pyramid, flops=0.5)
-    charges = control._charges(pyramid, pyramid.keep_all(), limits, budget, 0.5)
+    charges = pyramid.by_group(control._charges(pyramid, pyramid.keep_all(), limits, budget, 0.5))
     cost = pyramid.cost()
     np.testing.assert_allclose(
         charges['conv3'], 3 * pyramid.price(None, 'params')['conv3'] / cost.params

@@ -8,11 +8,12 @@ constants; latency is measured (see `jaxkd.graph.latency`), and its constants ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from jaxkd import errors
 
@@ -144,18 +145,51 @@ class Polynomial(NamedTuple):
         totals = (sum(getattr(row, r) for row in listed) for r in RESOURCES)
         return Cost(*totals, self._peak(alive), listed)
 
-    def amount(self, keep: Keep, resource: str, layers: Collection[str] | None = None) -> float:
-        """What `cost` says of one resource, of what `layers` pay or all layers, at less expense."""
-        alive = [form(keep) for form in self.forms]
-        terms = [term for term in self.terms if layers is None or term.layer in layers]
+    def meter(
+        self,
+        resource: str,
+        sizes: Mapping[str, int],
+        layers: Collection[str] | None = None,
+    ) -> Callable[[np.ndarray], float]:
+        """What `cost` says of one resource, of what `layers` pay or all layers, where it is asked
+        often: as a function of the units that are kept, bool [all units of `sizes`, in order].
+        """
+        paying = {resource, 'flops'} if resource == 'latency' else {resource}
+        terms = [
+            term
+            for term in self.terms
+            if term.resource in paying and (layers is None or term.layer in layers)
+        ]
+        forms = sorted({i for term in terms for i in term.forms})
+        place = {form: row for row, form in enumerate(forms)}
+        first = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+        entries = [
+            (row, first[group] + np.arange(len(weights)), weights)
+            for form, row in place.items()
+            for group, weights in self.forms[form].weights.items()
+        ]
+        rows = np.concatenate([[], *(np.full(len(units), row) for row, units, _ in entries)])
+        units = np.concatenate([[], *(units for _, units, _ in entries)])
+        values = np.concatenate([[], *(weights for *_, weights in entries)])
+        # The last form is the factor of terms that have fewer than others.
+        weights = sparse.csr_array(
+            (values, (rows, units)), shape=(len(forms) + 1, sum(sizes.values())), dtype=float
+        )
+        constant = np.array([*(float(self.forms[form].constant) for form in forms), 1.0])
+        factors = np.full((len(terms), max((len(t.forms) for t in terms), default=0)), len(forms))
+        for row, term in enumerate(terms):
+            factors[row, : len(term.forms)] = [place[form] for form in term.forms]
+        coefficients = np.array([float(term.coefficient) for term in terms])
+        own = np.array([term.resource == resource for term in terms], bool)
+        layer = np.unique([term.layer for term in terms], return_inverse=True)[1]
 
-        def paid(term: Term) -> float:
-            return term.coefficient * math.prod(alive[i] for i in term.forms)
+        def amount(keep: np.ndarray) -> float:
+            paid = coefficients * (constant + weights @ keep)[factors].prod(1)
+            if resource == 'latency':  # see `cost`
+                paid *= np.bincount(layer, paid * ~own)[layer] > 0
+            return float(paid[own].sum())
 
-        if resource == 'latency':
-            working = {term.layer for term in terms if term.resource == 'flops' and paid(term)}
-            terms = [term for term in terms if term.layer in working]
-        return sum(paid(term) for term in terms if term.resource == resource)
+        return amount
 
     def _peak(self, alive: Sequence[int]) -> int:
         """The most bytes that are alive at one time, given the positions alive in each form."""

@@ -210,10 +210,39 @@ class Graph:
         return self.polynomial.cost(self.complete(keep))
 
     def amount(
-        self, keep: Keep | None, resource: str, layers: Collection[str] | None = None
+        self, kept: np.ndarray, resource: str, layers: Collection[str] | None = None
     ) -> float:
-        """One resource of `cost(keep)`, in all layers or those named, at less expense."""
-        return self.polynomial.amount(self.complete(keep), resource, layers)
+        """One resource of `cost`, in all layers or those named, where it is asked for often.
+
+        Of a keep as one vector, bool [units of all groups] (see `vector`), which is not checked.
+        """
+        if not np.logical_or.reduceat(kept, self._first).all():  # a branch may have gone
+            kept = self.vector(self.complete(self.by_group(kept)))
+        return self._meter(resource, None if layers is None else frozenset(layers))(kept)
+
+    @functools.cached_property
+    def _meter(self) -> Callable[[str, frozenset[str] | None], Callable[[np.ndarray], float]]:
+        return functools.cache(
+            lambda resource, layers: self.polynomial.meter(resource, self.sizes, layers)
+        )
+
+    @functools.cached_property
+    def _first(self) -> np.ndarray:
+        """Where each group begins in `vector`."""
+        return np.cumsum([0, *self.sizes.values()])[:-1]
+
+    def vector(self, by_group: Mapping[str, np.ndarray], missing: Any = True) -> np.ndarray:
+        """Arrays [units] by group name as one, in the order of the groups."""
+        return np.concatenate(
+            [
+                by_group[name] if name in by_group else np.full(size, missing)
+                for name, size in self.sizes.items()
+            ]
+        )
+
+    def by_group(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """The inverse of `vector`."""
+        return dict(zip(self.sizes, np.split(vector, self._first[1:]), strict=True))
 
     def price(
         self, keep: Keep | None, resource: str, layers: Collection[str] | None = None

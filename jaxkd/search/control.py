@@ -131,44 +131,48 @@ def decide(
       The next state.
     """
     protected = {name: _best(effort, limits[name].least) for name, effort in efforts.items()}
-    closed = {name: (e == 0) & ~protected[name] for name, e in efforts.items()}
-    keep = alive(graph, state._replace(closed=closed))
-    closed = {name: ~keep[name] for name in efforts}  # with what is left of a branch that has gone
-    cost = graph.cost(keep)
+    keep = alive(
+        graph,
+        state._replace(closed={name: (e == 0) & ~protected[name] for name, e in efforts.items()}),
+    )
+    # From here on all units in one vector.
+    open_, effort = graph.vector(keep), graph.vector(efforts, missing=np.inf)
+    guarded = graph.vector(protected)
     corrections, penalties = state.correction.copy(), np.zeros(len(budgets))
     scheduled = np.array([due(budget, progress) for budget in budgets])
-    strength = {name: np.zeros(len(e)) for name, e in efforts.items()}
+    strength = np.zeros(len(effort))
     for i, budget in enumerate(budgets):
-        charges = _charges(graph, keep, limits, budget, progress)
-        price = {name: np.where(protected[name], 0.0, charges[name]) for name in efforts}
-        if not any(p.any() for p in price.values()):
+        price = np.where(guarded, 0.0, _charges(graph, keep, limits, budget, progress))
+        if not price.any():
             continue  # nothing can be pressed, so that nothing is learned from the error
-        error = budget.share(cost) / scheduled[i] - 1
+        alive_now = graph.amount(open_, budget.resource, budget.layers) / budget.full
+        error = alive_now / scheduled[i] - 1
         growth = np.clip(error / EXCESS, -1, 1) * period / horizon
         if progress >= budget.end and error > 0:  # overdue: what holds out gives in soon
             growth = period / (horizon * AHEAD[0])
         corrections[i] = np.clip(corrections[i] * GROWTH**growth, *BOUNDS)
-        others = any(s.any() for s in strength.values())  # press as well, by now and by then
         needs = None
         for part in AHEAD:
-            if others or needs is None:
-                pressed = {name: s * rate * part for name, s in strength.items()}
-                needs = _needed(graph, keep, efforts, pressed, price, budget)
+            pressed = strength * rate * part  # for other budgets as well, by now and by then
+            if pressed.any() or needs is None:
+                ratio = _ratios(effort, pressed, price)
+                needs = _needed(
+                    graph, open_ & ~((pressed > 0) & (effort <= pressed)), ratio, budget
+                )
             needed = needs(due(budget, progress + horizon * part))
             penalties[i] = max(penalties[i], needed / max(rate * part, 1e-30))
         penalties[i] *= corrections[i]
         # Who is pressed: what is to close by the end of the whole horizon, the last part.
-        for name, ratio in _ratios(efforts, pressed, price).items():
-            strength[name] += np.where(ratio <= needed, penalties[i] * price[name], 0.0)
-    strength = {
-        name: np.where(closed[name], np.inf, s).astype(np.float32) for name, s in strength.items()
-    }
+        strength += np.where(ratio <= needed, penalties[i] * price, 0.0)
+    # What has closed, and what is left of a branch that has gone, stays closed.
+    strength = np.where(open_, strength, np.inf).astype(np.float32)
+    found = graph.by_group(strength)
     return state._replace(
         correction=corrections,
         penalty=penalties,
         scheduled=scheduled,
-        closed=closed,
-        strength=strength,
+        closed={name: ~keep[name] for name in efforts},
+        strength={name: found[name] for name in efforts},
     )
 
 
@@ -178,8 +182,8 @@ def _charges(
     limits: Mapping[str, blocking.Limits],
     budget: blocking.Budget,
     progress: float,
-) -> dict[str, np.ndarray]:
-    """What a unit pays for a budget at a λ of 1: float64 [units] by group name.
+) -> np.ndarray:
+    """What a unit pays for a budget at a λ of 1: float64 [units of all groups].
 
     It is strength · price / F(all), of the resource that its block pays for; 0 where either the
     block or the budget is not within its part of the way down.
@@ -192,7 +196,7 @@ def _charges(
         strength = limit.strength * (_during(limit, progress) and _during(budget, progress))
         # Where there is none of a resource its prices are zero as well.
         charges[name] = prices[resource][name] * strength / (budget.amounts[resource] or 1)
-    return charges
+    return graph.vector(charges, missing=0.0)
 
 
 def _during(part: blocking.Limits | blocking.Budget, progress: float) -> bool:
@@ -208,30 +212,23 @@ def _best(effort: np.ndarray, number: int) -> np.ndarray:
 
 
 def _needed(
-    graph: Graph,
-    keep: Mapping[str, np.ndarray],
-    efforts: Mapping[str, np.ndarray],
-    pressed: Mapping[str, np.ndarray],
-    price: Mapping[str, np.ndarray],
-    budget: blocking.Budget,
+    graph: Graph, kept: np.ndarray, ratio: np.ndarray, budget: blocking.Budget
 ) -> Callable[[float], float]:
     """The least threshold per price that closes enough gates to bring a budget's share to a goal.
 
-    It comes on top of the thresholds that are `pressed` already.
+    Args:
+      graph: the traced network.
+      kept: bool [units of all groups], what would be open without it.
+      ratio: of each unit, the threshold per price that closes it; see `_ratios`.
+      budget: in question.
     """
-    ratio = _ratios(efforts, pressed, price)
-    ratios = np.concatenate([r[keep[name] & (price[name] > 0)] for name, r in ratio.items()])
-    ratios = np.sort(ratios)
+    ratios = np.sort(ratio[kept & ~np.isnan(ratio)])
 
     @functools.cache  # goals are close to one another
     def left(number: int) -> float:
         """The share without the gates with the `number` smallest ratios."""
         edge = ratios[number - 1] if number else -1.0
-        rest = keep | {
-            name: keep[name] & ~((r <= edge) | _gone(pressed[name], efforts[name]))
-            for name, r in ratio.items()
-        }
-        return graph.amount(rest, budget.resource, budget.layers) / budget.full
+        return graph.amount(kept & ~(ratio <= edge), budget.resource, budget.layers) / budget.full
 
     def needed(goal: float) -> float:
         low, high = 0, len(ratios)
@@ -243,18 +240,6 @@ def _needed(
     return needed
 
 
-def _ratios(
-    efforts: Mapping[str, np.ndarray],
-    pressed: Mapping[str, np.ndarray],
-    price: Mapping[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """What is left to press per price: float64 [units] by group name; NaN where there is none."""
-    return {
-        name: np.maximum(efforts[name] - pressed[name], 0.0) / np.where(p > 0, p, np.nan)
-        for name, p in price.items()
-    }
-
-
-def _gone(pressed: np.ndarray, effort: np.ndarray) -> np.ndarray:
-    """The gates that what is pressed already closes."""
-    return (pressed > 0) & (effort <= pressed)
+def _ratios(effort: np.ndarray, pressed: np.ndarray, price: np.ndarray) -> np.ndarray:
+    """What is left to press per price: float64 [units]; NaN where there is no price."""
+    return np.maximum(effort - pressed, 0.0) / np.where(price > 0, price, np.nan)

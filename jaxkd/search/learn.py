@@ -22,7 +22,7 @@ from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # Rounds of control on the way down to the budget, and how much of the way λ looks ahead.
-ROUNDS, LOOKAHEAD = 200, 0.2
+ROUNDS, LOOKAHEAD = 60, 0.2
 
 
 class Course(NamedTuple):
@@ -214,8 +214,11 @@ def press(body: Body, step: int, params: Any, memory: control.State) -> control.
     )
     if course.shrink:
         alive = control.alive(course.graph, memory)
-        computed = course.graph.amount(memory.physical, 'flops')
-        if course.graph.amount(alive, 'flops') < course.shrink * computed:
+        left, computed = (
+            course.graph.amount(course.graph.vector(keep), 'flops')
+            for keep in (alive, memory.physical)
+        )
+        if left < course.shrink * computed:
             memory = memory._replace(physical=alive)
     return memory
 

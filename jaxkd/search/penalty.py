@@ -53,7 +53,13 @@ def proximal(
         }
         stepped = optax.apply_updates(params, updates)
         shrunk = gating.shrink(gates, stepped, thresholds, coupling)
-        updates = jax.tree.map(lambda new, old: new - old, shrunk, params)
+        updates = jax.tree.map(
+            lambda update, before, after, old: update if after is before else after - old,
+            updates,
+            stepped,
+            shrunk,
+            params,
+        )
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

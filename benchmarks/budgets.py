@@ -17,8 +17,6 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import sys
-import time
 from typing import Any
 
 import machine
@@ -30,7 +28,7 @@ NETWORKS = {
         {'width': 0.35, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
     ),
     'ResNet-20': ('resnet20', {}),
-    'VGG': ('vgg11_bn', {'depths': (1, 1, 2), 'small_images': True}),
+    'VGG': ('vgg11_bn', {'strides': (2, 2, 2, 1, 1), 'small_images': True}),
     'DenseNet': ('densenet_bc_100_12', {'depths': (4, 4, 4)}),
 }
 SHARES = {'flops': (0.15, 0.9), 'params': (0.15, 0.9), 'activations': (0.3, 0.95)}
@@ -45,13 +43,10 @@ def main() -> None:
     results = pathlib.Path(__file__).parent / 'results' / 'budgets.json'
     parser.add_argument('--out', type=pathlib.Path, default=results)
     arguments = parser.parse_args()
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str((arguments.workdir / 'cache').absolute())
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '1'
+    os.environ.update(machine.compile_once(arguments.workdir / 'cache'))
 
     report: dict[str, Any] = {
-        'command': ' '.join(['python', *sys.argv]),
-        'date': time.strftime('%Y-%m-%d'),
-        'device': machine.describe_device(),
+        **machine.about(),
         'networks': {name: NETWORKS[name] for name in arguments.networks},
         'runs': [],
     }

@@ -1,10 +1,12 @@
-"""What a benchmark says about the machine, and how it writes its report."""
+"""What a benchmark says about itself and the machine, and how it writes its report."""
 
 import contextlib
 import json
 import os
 import pathlib
 import platform
+import sys
+import time
 
 
 def describe_device() -> str:
@@ -16,6 +18,23 @@ def describe_device() -> str:
                 name = line.split(':', 1)[1].strip()
                 break
     return f'{name}, {len(os.sched_getaffinity(0))} cores'
+
+
+def about() -> dict[str, str]:
+    """What a report begins with: how, when and where it was made."""
+    return {
+        'command': ' '.join(['python', *sys.argv]),
+        'date': time.strftime('%Y-%m-%d'),
+        'device': describe_device(),
+    }
+
+
+def compile_once(folder: pathlib.Path) -> dict[str, str]:
+    """The environment in which compiled programs are kept in a folder from run to run."""
+    return {
+        'JAX_COMPILATION_CACHE_DIR': str(folder.absolute()),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
+    }
 
 
 def write_report(path: pathlib.Path, report: dict) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -41,9 +40,7 @@ def main() -> None:
     if arguments.shrink is not None:
         config.search.shrink = arguments.shrink
     report: dict[str, Any] = {
-        'command': ' '.join(['python', *sys.argv]),
-        'date': time.strftime('%Y-%m-%d'),
-        'device': machine.describe_device(),
+        **machine.about(),
         'milliseconds': steps(config, arguments.repeats),
     }
     medians = report['milliseconds']

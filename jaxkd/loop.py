@@ -142,7 +142,7 @@ def fit(
     state = train.create_state(variables, optimizer(current))
 
     def restored(tree: Mapping[str, Any]) -> tuple[train.TrainState, Any]:
-        parts = {part: checkpoint.part(tree, part) for part in ('state', 'memory')}
+        parts = {key: checkpoint.part(tree, key) for key in ('state', 'memory')}
         known = checkpoint.from_tree(memory, parts['memory'], folder)
         template = narrow(state, kept(known), keep) if narrow else state
         then = checkpoint.from_tree(template, parts['state'], folder)

@@ -191,11 +191,17 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         cut.rehearse(graph, gone)
     graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
-    learn.movable(graph)
+    learn.check_movable(graph)
     plan = Plan(model, info, graph, limits, budgets)
     # A budget that no choice can meet is refused now.
     aim = make_aim(config, plan, 'search', graph)
-    selecting.floor(graph, blocks=aim.blocks, round_to=config.search.round_to, **aim.budget)
+    selecting.floor(
+        graph,
+        config.search.min_keep,
+        blocks=aim.blocks,
+        round_to=config.search.round_to,
+        **aim.budget,
+    )
     for name in WEIGHTS:
         if config[name].batch_size % jax.device_count():
             raise errors.ConfigError(

@@ -232,13 +232,9 @@ def make_eval_step(
 
     `valid` is bool [batch]: which examples count.
     """
-    split = sharding.NamedSharding(mesh, P('data'))
 
     def step(variables, batch, valid):
-        images, labels = _gather(batch, split)
-        inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
-            logits = model.apply(variables, inputs, train=False).astype(jnp.float32)
+        logits, labels = _logits(model, variables, batch, preprocessing, mesh)
         right = jnp.argmax(logits, -1) == labels
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.stack([jnp.sum(right & valid), jnp.sum(jnp.where(valid, losses, 0.0))])
@@ -250,16 +246,26 @@ def make_loss(
     model: nn.Module, preprocessing: Preprocessing, mesh: sharding.Mesh
 ) -> Callable[..., jax.Array]:
     """The mean cross-entropy `(variables, batch) -> float32 []` of a network in eval mode."""
-    split = sharding.NamedSharding(mesh, P('data'))
 
     def loss(variables, batch):
-        images, labels = _gather(batch, split)
-        inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
-            logits = model.apply(variables, inputs, train=False).astype(jnp.float32)
+        logits, labels = _logits(model, variables, batch, preprocessing, mesh)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return loss
+
+
+def _logits(
+    model: nn.Module,
+    variables: Any,
+    batch: Mapping[str, jax.Array],
+    preprocessing: Preprocessing,
+    mesh: sharding.Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits in eval mode, float32 [batch, classes], and labels."""
+    images, labels = _gather(batch, sharding.NamedSharding(mesh, P('data')))
+    inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
+    with cpu.fast_convolutions():
+        return model.apply(variables, inputs, train=False).astype(jnp.float32), labels
 
 
 def recalibrate(

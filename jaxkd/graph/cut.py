@@ -341,24 +341,15 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of every variable of the network, by its path."""
-    return {
-        '/'.join(map(_key, path)): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(graph.variables)[0]
-    }
-
-
 def alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
     """The masks of every axis that loses positions: bool [axis size] by variable path and axis."""
     keep = graph.complete(keep)
-    shapes = _shapes(graph)
-    result: dict[str, dict[int, np.ndarray]] = {path: {} for path in shapes}
+    result: dict[str, dict[int, np.ndarray]] = {path: {} for path in graph.shapes}
     for group in graph.groups:
         removed = ~keep[group.name]
         if removed.any():
             for member, positions in zip(group.members, group.positions, strict=True):
-                n = shapes[member.path][member.axis]
+                n = graph.shapes[member.path][member.axis]
                 mask = result[member.path].setdefault(member.axis, np.ones(n, bool))
                 mask[positions[removed].reshape(-1)] = False
     return result
@@ -371,7 +362,7 @@ def _change(
 
     Where the tree has been cut before, to `among`, its masks are for what is left.
     """
-    masks, shapes = alive(graph, keep), _shapes(graph)
+    masks, shapes = alive(graph, keep), dict(graph.shapes)
     if among is not None:
         gone = [n for n, units in graph.complete(keep).items() if (units > among[n]).any()]
         if gone:

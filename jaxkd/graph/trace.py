@@ -116,6 +116,11 @@ class Graph:
         return {group.name: group for group in self.groups}
 
     @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every variable, by its path."""
+        return {path_string(path): leaf.shape for path, leaf in _leaves(self.variables)}
+
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {group.name: group.size for group in self.groups}
 
@@ -310,7 +315,7 @@ def trace(
             starts.append((path, axis, context.ties.count, n))
             axes.append((names.Part(n, context.ties.fresh(n)),))
         operands[path] = tuple(axes)
-    by_leaf = [operands[_path_string(path)] for path, _ in _leaves(variables)]
+    by_leaf = [operands[path_string(path)] for path, _ in _leaves(variables)]
     for leaf in jax.tree.leaves(inputs):
         axes = [names.bound(n, names.INPUT) for n in leaf.shape]
         if axes:
@@ -425,7 +430,8 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def _path_string(path: Sequence[Any]) -> str:
+def path_string(path: Sequence[Any]) -> str:
+    """The path of a leaf of nested dicts, as members have it."""
     return '/'.join(str(entry.key) for entry in path)
 
 

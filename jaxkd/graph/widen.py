@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxkd import errors
 from jaxkd.graph import cut, structure
-from jaxkd.graph.trace import ChannelGroup, Graph, Member, plain
+from jaxkd.graph.trace import ChannelGroup, Graph, Member, path_string, plain
 
 # How often each unit is there: int [units] by group name; 0 removes it, 1 keeps it. Groups that are
 # not mentioned are kept.
@@ -159,7 +159,7 @@ def repeat(graph: Graph, variables: Any, copies: Copies) -> Any:
     readers = set().union(*map(_readers, graph.groups))
 
     def visit(path, leaf):
-        path = '/'.join(str(entry.key) for entry in path)
+        path = path_string(path)
         axes = orders.get(path, {})
         if isinstance(leaf, jax.ShapeDtypeStruct):
             shape = list(leaf.shape)
@@ -179,15 +179,13 @@ def repeat(graph: Graph, variables: Any, copies: Copies) -> Any:
 
 def _orders(graph: Graph, copies: Copies) -> dict[str, dict[int, np.ndarray]]:
     """By variable and axis, which position of the full network stands at each position."""
-    leaves = jax.tree_util.tree_flatten_with_path(graph.variables)[0]
-    shapes = {'/'.join(str(entry.key) for entry in path): leaf.shape for path, leaf in leaves}
     pieces: dict[tuple[str, int], list[list[int]]] = {}
     for group in graph.groups:
         changed = np.flatnonzero(copies[group.name] != 1)
         for member, positions in zip(group.members, group.positions, strict=True):
             if not len(changed):
                 continue
-            size = shapes[member.path][member.axis]
+            size = graph.shapes[member.path][member.axis]
             axis = pieces.setdefault((member.path, member.axis), [[i] for i in range(size)])
             for unit in changed:
                 for run in _runs(group, positions[unit]):
@@ -228,7 +226,7 @@ def _disturb(graph: Graph, wider: Any, copies: Copies, noise: float, seed: int) 
     }
 
     def visit(path, leaf):
-        path = '/'.join(str(entry.key) for entry in path)
+        path = path_string(path)
         array = np.asarray(leaf)
         for axis, order in orders.get(path, {}).items():
             if (path, axis) in makers and array.ndim > 1:

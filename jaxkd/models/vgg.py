@@ -14,7 +14,8 @@ class VGG(nn.Module):
     """VGG with a BatchNorm after each convolution.
 
     Attributes:
-      depths: convolutions of each of the five stages; a max-pooling follows each stage.
+      depths: convolutions of each of the five stages.
+      strides: of the max-pooling after each stage; 1 is none, for small images.
       num_classes: width of the last layer.
       small_images: a single dense layer on the mean of each channel, as is usual for 32×32,
         instead of three dense layers on all pixels.
@@ -25,6 +26,7 @@ class VGG(nn.Module):
     """
 
     depths: Sequence[int] = (2, 2, 3, 3, 3)
+    strides: Sequence[int] = (2, 2, 2, 2, 2)
     num_classes: int = 1000
     small_images: bool = False
     dropout_rate: float = 0.0
@@ -35,8 +37,8 @@ class VGG(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images, float [batch, height, width, channels], to logits [batch, num_classes]."""
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
-        for stage, (depth, width) in enumerate(
-            zip(self.depths, (64, 128, 256, 512, 512), strict=True)
+        for stage, (depth, stride, width) in enumerate(
+            zip(self.depths, self.strides, (64, 128, 256, 512, 512), strict=True)
         ):
             for index in range(depth):
                 x = ConvBN(
@@ -47,7 +49,8 @@ class VGG(nn.Module):
                     dtype=self.dtype,
                     name=f'stage{stage + 1}_conv{index}',
                 )(x, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            if stride > 1:
+                x = nn.max_pool(x, (stride, stride), strides=(stride, stride))
         if self.small_images:
             x = dropout(jnp.mean(x, axis=(1, 2)))
         else:

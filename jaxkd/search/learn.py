@@ -76,10 +76,9 @@ def course(
     """
     if coupling not in gating.COUPLINGS:
         raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
-    movable(graph)
+    check_movable(graph)
     found = gating.find(graph, gates)
-    if min_keep is None:
-        min_keep = selecting.floor(graph, blocks=blocks, round_to=round_to, **budget)
+    min_keep = selecting.floor(graph, min_keep, blocks=blocks, round_to=round_to, **budget)
     down = max(1, round(ramp * steps))
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return Course(
@@ -103,15 +102,13 @@ def course(
     )
 
 
-def movable(graph: Graph) -> list[str]:
-    """The channel groups that can be cut, which have gates; GraphError if there is none."""
-    names = [group.name for group in graph.groups if not group.frozen]
-    if not names:
+def check_movable(graph: Graph) -> None:
+    """GraphError if no channel group can be cut."""
+    if all(group.frozen for group in graph.groups):
         raise errors.GraphError(
             f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
             'jaxkd.trace(…).frozen'
         )
-    return names
 
 
 class Body(NamedTuple):
@@ -269,7 +266,7 @@ class Search:
       coupling: what the gate of a group with several norms is: 'max', 'mean' or 'l2'; see
         `jaxkd.search.gates.shrink`.
       blocks, round_to: see `jaxkd.select`.
-      min_keep: see `jaxkd.select`; by default see `jaxkd.search.select.floor`.
+      min_keep: see `jaxkd.search.select.floor`.
       **budget: see `jaxkd.select`.
 
     Attributes:

@@ -86,7 +86,6 @@ def select(
         search, and set nothing here.
       round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
         and GPUs.
-
       min_keep: of the groups to which no block gives another: a float is a share.
       held: groups keep at least as many units as here.
 
@@ -125,31 +124,38 @@ def select(
 
 
 def floor(
-    graph: Graph, *, blocks: blocking.Blocks = (), round_to: int = 1, **budget: float | None
+    graph: Graph,
+    asked: float | None = None,
+    *,
+    blocks: blocking.Blocks = (),
+    round_to: int = 1,
+    **budget: float | None,
 ) -> float:
-    """What a search keeps of every group, unless it is told otherwise: a `min_keep` for `select`.
+    """What a search keeps of every group: a `min_keep` for `select` that the budgets allow.
 
-    Half of the width at which a network that is as narrow everywhere meets the budgets, with FLOPs
-    and parameters going as the square of the width: layers much narrower than the others let too
-    little through, whatever their gates say. Less where the budgets cannot be met with that; one
-    unit at least.
+    It is what was `asked` for. By default it is half of the width at which a network that is as
+    narrow everywhere meets the budgets, with FLOPs and parameters going as the square of the width:
+    layers much narrower than the others let too little through, whatever their gates say. Less
+    where the budgets cannot be met with that; one unit at least.
 
     Raises:
-      BudgetError: where they cannot be met at all.
+      BudgetError: where they cannot be met at all, or not with what was asked for.
     """
     budgets = blocking.budgets(graph, blocks, **budget)
     squares = ('flops', 'params')
     widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
+    wanted = [share * min(widths, default=0.0) for share in (0.5, 0.25, 0.125)]
+    *wanted, last = [*wanted, 1] if asked is None else [asked]
     scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
-    for share in (0.5, 0.25, 0.125):
-        least = share * min(widths, default=0.0)
+    reach = functools.partial(select, graph, scores, blocks=blocks, round_to=round_to, **budget)
+    for least in wanted:
         try:
-            select(graph, scores, blocks=blocks, round_to=round_to, min_keep=least, **budget)
+            reach(min_keep=least)
         except errors.BudgetError:
             continue
         return least
-    select(graph, scores, blocks=blocks, round_to=round_to, **budget)
-    return 1
+    reach(min_keep=last)
+    return last
 
 
 def check_round_to(round_to: int) -> None:

@@ -3,15 +3,16 @@
     python benchmarks/budgets.py [--number 20] [--jobs 2] [--workdir DIR] [--out FILE]
 
 A run's budgets are one or two of FLOPs, parameters and activations, at random shares, and in every
-second run a block of the network with a budget or limits of its own. Searches are short, and what
-follows them shorter still: it is about the structure, whose cost is what `report.json` says. A run
-is good if every budget holds and one of them is used to at least 99 %.
+second run a block of the network with a budget or limits of its own. It is about the structure: the
+searches are short ones, from a common teacher, and what a compact network costs is what a trace of
+it says. A run is good if every budget holds and one of them is used to at least 99 %.
 """
 
 from __future__ import annotations
 
 import argparse
 from concurrent import futures
+import functools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,10 @@ NETWORKS = {
         {'width': 0.35, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
     ),
     'ResNet-20': ('resnet20', {}),
-    'VGG': ('vgg11_bn', {'strides': (2, 2, 2, 1, 1), 'small_images': True}),
+    'VGG': (
+        'vgg11_bn',
+        {'depths': (1, 1, 2, 0, 0), 'strides': (2, 2, 2, 1, 1), 'small_images': True},
+    ),
     'DenseNet': ('densenet_bc_100_12', {'depths': (4, 4, 4)}),
 }
 SHARES = {'flops': (0.15, 0.9), 'params': (0.15, 0.9), 'activations': (0.3, 0.95)}
@@ -53,10 +57,9 @@ def main() -> None:
     spawn = multiprocessing.get_context('spawn')
     with futures.ProcessPoolExecutor(arguments.jobs, mp_context=spawn) as pool:
         # The first run of a network trains the teacher of the others.
-        for name in arguments.networks:
-            pool.submit(run, name, None, arguments.workdir)
-        pairs = [(name, seed) for seed in range(arguments.number) for name in arguments.networks]
-        waiting = [pool.submit(run, *pair, arguments.workdir) for pair in pairs]
+        list(pool.map(functools.partial(run, None, arguments.workdir), arguments.networks))
+        pairs = [(seed, name) for seed in range(arguments.number) for name in arguments.networks]
+        waiting = [pool.submit(run, seed, arguments.workdir, name) for seed, name in pairs]
         for done in waiting:
             report['runs'].append(done.result())
             print(json.dumps(report['runs'][-1]), flush=True)
@@ -66,7 +69,7 @@ def main() -> None:
     print(f'{report["good"]} of {report["of"]} runs are within [0.99, 1] of their budget')
 
 
-def run(name: str, seed: int | None, workdir: pathlib.Path) -> dict[str, Any]:
+def run(seed: int | None, workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """A run with the random budgets of a seed, or the one that trains the teacher."""
     from configs import mbv2
     from jaxkd import pipeline
@@ -75,27 +78,30 @@ def run(name: str, seed: int | None, workdir: pathlib.Path) -> dict[str, Any]:
     config.model.name, arguments = NETWORKS[name]
     with config.unlocked():
         config.model.arguments = arguments
-    config.teacher.epochs, config.search.epochs, config.distil.epochs = 10.0, 6.0, 0.2
+    config.teacher.epochs, config.search.epochs = 10.0, 6.0
     config.search.shrink = 0.0  # no time for compilation
     config.checkpoint_seconds = 600.0
     folder = workdir / f'{name}-{"teacher" if seed is None else seed}'
-    if seed is None:
-        pipeline.run(config, folder)
-        return {}
-    if not folder.exists():
-        shutil.copytree(workdir / f'{name}-teacher' / 'teacher', folder / 'teacher')
-    graph = pipeline.make_plan(config).graph
-    draw(config, graph, seed)
-    report = pipeline.run(config, folder)
-    used = {name: round(share, 5) for name, share in use(config, graph, report).items()}
+    first = workdir / f'{name}-teacher'
+    if first.exists() and not folder.exists():
+        shutil.copytree(first / 'teacher', folder / 'teacher')
+    plan = pipeline.make_plan(config)
+    if seed is not None:
+        draw(config, plan.graph, seed)
+        plan = pipeline.make_plan(config)
+    with pipeline.prepared(config, folder, plan) as setup:
+        teacher = pipeline.learn_teacher(setup, plan)
+        if seed is None:
+            return {}
+        small, _ = pipeline.find_structure(setup, plan, teacher)
+    used = use(plan, small)
     return {
         'network': name,
         'seed': seed,
         'budget': {r: share for r, share in config.budget.items() if share != 1.0},
         'blocks': config.blocks,
-        'used': used,
+        'used': {name: round(share, 5) for name, share in used.items()},
         'good': 0.99 <= max(used.values()) <= 1.0,
-        'accuracy': report['compact']['accuracy'],
     }
 
 
@@ -125,14 +131,14 @@ def draw(config: Any, graph: Any, seed: int) -> None:
         return
 
 
-def use(config: Any, graph: Any, report: dict[str, Any]) -> dict[str, float]:
+def use(plan: Any, small: Any) -> dict[str, float]:
     """The share that is used of each budget, of blocks and of the network."""
-    from jaxkd.search import blocks
+    import jaxkd
 
-    kept = {row['group']: row['kept'] for row in report['blocks']}
-    cost = graph.cost({g.name: np.arange(g.size) < kept[g.name] for g in graph.groups})
-    budgets = blocks.budgets(graph, config.blocks, **config.budget)
-    return {f'{b.block} {b.resource}'.strip(): b.share(cost) * b.full / b.most for b in budgets}
+    cost = jaxkd.trace(small.module, small.variables, *plan.graph.inputs, train=False).cost()
+    return {
+        f'{b.block} {b.resource}'.strip(): b.share(cost) * b.full / b.most for b in plan.budgets
+    }
 
 
 if __name__ == '__main__':

@@ -10,7 +10,8 @@ run that was stopped goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import os
 import pathlib
@@ -105,6 +106,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     if report_before:
         return report_before
     plan = make_plan(config)
+    with prepared(config, workdir, plan) as setup:
+        teacher = learn_teacher(setup, plan)
+        found, expansions = find_structure(setup, plan, teacher)
+        small = distil(setup, plan, teacher, found)
+        saved.save(workdir / 'compact', small)
+        return report(setup, plan, teacher, small, expansions)
+
+
+@contextlib.contextmanager
+def prepared(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, plan: Plan
+) -> Iterator[loop.Setup]:
+    """The data on the devices, the workdir claimed, the log and the display open."""
     mesh = train.make_mesh()
     draw = functools.partial(
         data.load,
@@ -129,7 +143,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             lengths, full={'alive_flops': full.flops, 'alive_params': full.params}
         ) as display,
     ):
-        setup = loop.Setup(
+        yield loop.Setup(
             config=config,
             workdir=workdir,
             stages=tuple(weights),
@@ -142,11 +156,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
             log=log,
             display=display,
         )
-        teacher = learn_teacher(setup, plan)
-        found, expansions = find_structure(setup, plan, teacher)
-        small = distil(setup, plan, teacher, found)
-        saved.save(workdir / 'compact', small)
-        return report(setup, plan, teacher, small, expansions)
 
 
 def stages(config: ml_collections.ConfigDict) -> dict[str, float]:

@@ -104,6 +104,22 @@ def test_two_blocks_by_hand(two):
     assert_same(expected, small.apply(small.variables, images_for()))
 
 
+def test_what_is_left_of_a_branch_is_the_same_in_training(two):
+    """Running statistics of a norm behind nothing would otherwise count in evaluation alone."""
+    graph, variables = two
+    cut_alone = jaxkd.cut(graph, variables, NONE)
+    small = jaxkd.compact(graph, variables, NONE)
+    assert abs(cut_alone['batch_stats']['s_norm']['mean']).min() > 0.01
+    assert not small.variables['batch_stats']['s_norm']['mean'].any()
+    evaluated = small.apply(small.variables, images_for())
+    assert_same(small.apply(cut_alone, images_for()), evaluated)
+    trained, changed = small.apply(
+        small.variables, images_for(), train=True, mutable=['batch_stats']
+    )
+    assert_same(evaluated, trained)
+    assert not changed['batch_stats']['s_norm']['mean'].any()
+
+
 def chain(x):
     for i, width in enumerate((4, 5, 6)):
         x = nn.relu(norm(f'norm{i}')(conv(width, name=f'conv{i}')(x)))
@@ -364,7 +380,7 @@ def test_a_network_without_a_branch_is_used_like_any_other(two, tmp_path):
         return state, optax.apply_updates(params, updates), changed
 
     large = jax.jit(lambda v: step(graph.model.apply, v))(jaxkd.mask(graph, variables, NONE))
-    expected = jax.jit(lambda v: step(small.apply, v))(small.variables)
+    expected = jax.jit(lambda v: step(small.apply, v))(jaxkd.cut(graph, variables, NONE))
     assert_same(jaxkd.cut(graph, large, NONE), expected, 1e-4)
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import errors
+from jaxkd.graph import constants, rules, structure
 from jaxkd.graph import precise as precision
-from jaxkd.graph import rules, structure
 from jaxkd.graph.trace import Graph, Keep, outputs_of, plain
 
 # Largest difference of masked and compact outputs, as a share of the largest masked output, that
@@ -113,7 +113,10 @@ def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
     """
     module, found = narrowed(graph, keep)
     verify(graph, keep)
-    return structure.CompactModel(module, cut(graph, plain(variables), keep), found)
+    small = cut(graph, plain(variables), keep)
+    if not all(alive.any() for alive in graph.complete(keep).values()):
+        small = constants.fold(module, small, graph)
+    return structure.CompactModel(module, small, found)
 
 
 def narrowed(graph: Graph, keep: Keep) -> tuple[nn.Module, structure.Structure]:

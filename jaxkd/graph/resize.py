@@ -8,7 +8,8 @@ The width may be zero, where a whole branch has gone. Its layers are still calle
 has no elements, and the last of them makes zeros of nothing, at no cost. The constant that is left
 of the branch comes from the parameters that belong to what the branch is added to, such as the bias
 or the BatchNorm of that last layer: they stay, because in general (a ReLU before the sum, a padded
-convolution behind it) no other parameter could take the constant over exactly.
+convolution behind it) no other parameter could take the constant over exactly. See
+`jaxkd.graph.constants`.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class Graph:
 
         Where it takes all units of a group in a residual branch, the rest of the branch goes too:
         see `emptied`. What the branch still adds is a constant for each channel, by the parameters
-        of its last layers that belong to what is added to (a bias, a BatchNorm): these stay.
+        of its last layers that belong to what is added to (a bias, a BatchNorm): these stay, and
+        `compact` folds it into one bias.
 
         Raises:
           GraphError: for an unknown group, a wrong shape or dtype, a frozen group that would lose

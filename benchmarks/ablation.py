@@ -31,16 +31,17 @@ from jaxkd.search import criteria
 
 SETTING = [
     '--config=configs/mbv2.py:fashion_mnist',
-    '--config.data.labels=4000',
+    '--config.data.labels=3000',
     '--config.model.arguments.width=0.5',
     '--config.model.arguments.strides=(2, 2, 2, 1, 1, 1, 1)',
     '--config.budget.flops=0.4',
     '--config.teacher.epochs=16',
     '--config.search.epochs=5',
-    '--config.distil.epochs=7',
+    '--config.distil.epochs=8',
     '--config.teacher.ema_decay=0.98',
     '--config.search.ema_decay=0.98',
     '--config.distil.ema_decay=0.98',
+    '--config.search.shrink=0.0',
     '--config.checkpoint_seconds=600.0',
 ]
 EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.4}}) for i in range(17))
@@ -51,7 +52,7 @@ VARIANTS = {
     'no teacher at all': ['--config.search.method=morphnet', '--config.distil.alpha=0.0'],
     'every block to the budget': [f'--config.blocks={EVERY_BLOCK}'],
     'from scratch': ['--config.distil.init=scratch'],
-    'never cut while searching': ['--config.search.shrink=0.0'],
+    'cut while searching': ['--config.search.shrink=0.7'],
     **{name: [f'--config.search.method={name}'] for name in criteria.CRITERIA},
     'recalibrated': ['--config.distil.recalibrate=100'],
 }

@@ -363,5 +363,7 @@ def test_what_cannot_be_searched_is_refused(teacher):
         learn(MODEL, teacher, batches())
     with pytest.raises(jaxkd.BudgetError, match='cannot be reached'):
         learn(MODEL, teacher, batches(), flops=0.001)
+    with pytest.raises(jaxkd.BudgetError, match='cannot be reached'):
+        learn(MODEL, teacher, [], flops=0.3, min_keep=0.9)  # before a batch is taken
     with pytest.raises(jaxkd.TrainingError, match='lower the learning rate'):
         learn(MODEL, teacher, batches(), flops=0.5, learning_rate=1e30)

@@ -420,6 +420,7 @@ def learn_structure(
         coupling=coupling,
         blocks=blocks,
         round_to=round_to,
+        min_keep=min_keep,
         **budget,
     )
     weights = search.gated(weights)

@@ -1,12 +1,14 @@
 """What learning a structure costs in training time.
 
-    python benchmarks/overhead.py [--repeats 15] [--out FILE]
+    python benchmarks/overhead.py [--repeats 60] [--images 15000] [--out FILE]
 
-Two measurements on digits with configs/mbv2.py's network. Steps: of distillation, of the search
-(penalty, controller and all, nothing cut), of plain training, and of the teacher's forward pass
-alone, taking turns, as medians. A turn is as many steps as the config's search makes from one round
-of control to the next. Stages: search and distillation as the config has them, against
-plain training of the full network for as many epochs, compilation included.
+Steps, on digits with configs/mbv2.py's network: of distillation, of the search (penalty, controller
+and all, nothing cut), of plain training, and of the teacher's forward pass alone, taking turns, as
+medians. A turn is as many steps as the config's search makes from one round of control to the next.
+
+Stages, with configs/mbv2.py:fashion_mnist on a part of its training images: search and distillation
+against plain training of the full network for as many epochs, compilation included, one after the
+other. The data set has to be prepared (see the README).
 """
 
 from __future__ import annotations
@@ -29,23 +31,22 @@ from jaxkd.search import learn, penalty
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--repeats', type=int, default=60)
     parser.add_argument('--stages', action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument('--shrink', type=float, help="instead of the config's")
+    parser.add_argument('--images', type=int, default=15_000, help='that the stages train on')
     results = pathlib.Path(__file__).parent / 'results' / 'overhead.json'
     parser.add_argument('--out', type=pathlib.Path, default=results)
     arguments = parser.parse_args()
     cpu.hold_memory()
-    config = mbv2.get_config()
-    if arguments.shrink is not None:
-        config.search.shrink = arguments.shrink
     report: dict[str, Any] = {
         **machine.about(),
-        'milliseconds': steps(config, arguments.repeats),
+        'milliseconds': steps(mbv2.get_config(), arguments.repeats),
     }
     medians = report['milliseconds']
     report['search step / distillation step'] = round(medians['search'] / medians['distil'], 3)
     if arguments.stages:
+        config = mbv2.get_config('fashion_mnist')
+        config.data.labels = report['images'] = arguments.images
         report['seconds'] = stages(config)
         learned = report['seconds']['search'] + report['seconds']['distil']
         report['search + distillation / plain'] = round(learned / report['seconds']['plain'], 3)
@@ -113,7 +114,7 @@ def stages(config: Any) -> dict[str, float]:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         short = config.copy_and_resolve_references()
-        short.teacher.epochs = 5.0
+        short.teacher.epochs = 1.0
         found = pipeline.run(short, pathlib.Path(folder) / 'learned')['seconds']
         seconds |= {'search': found['search'], 'distil': found['distil']}
         plain = config.copy_and_resolve_references()

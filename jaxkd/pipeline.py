@@ -194,13 +194,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
             'model.arguments', arguments, why=' '.join(str(error).split())
         ) from error
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
-    cut.rehearse(graph)  # a network that cannot be cut had better say so now
     limits = blocking.resolve(graph, config.blocks)
-    if gone := [name for name, limit in limits.items() if not limit.least]:
-        cut.rehearse(graph, gone)
+    learn.rehearse(graph, limits)
     graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
-    learn.check_movable(graph)
     plan = Plan(model, info, graph, limits, budgets)
     # A budget that no choice can meet is refused now.
     aim = make_aim(config, plan, 'search', graph)

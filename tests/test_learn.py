@@ -336,6 +336,12 @@ def test_gates_are_carried_folded_and_cut_with_the_parameters():
     assert gates.cut(momentum, keep).trace[gates.KEY]['Conv_1:gate'].shape == (24,)
 
 
+class Eight(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param('scale', nn.initializers.ones, (8,))
+
+
 def test_what_cannot_be_searched_is_refused(teacher):
     def learn(model, variables, source, **budget):
         return jaxkd.learn_structure(
@@ -350,6 +356,17 @@ def test_what_cannot_be_searched_is_refused(teacher):
             loss,
             batches(),
             jax.ShapeDtypeStruct((1, 64), jnp.float32),
+            steps=3,
+            flops=0.5,
+        )
+    fixed = nn.Sequential([nn.Conv(8, (3, 3)), Eight(), lambda x: x.mean((1, 2)), nn.Dense(10)])
+    with pytest.raises(jaxkd.GraphError, match='fixes a size'):  # before a batch is taken
+        jaxkd.learn_structure(
+            fixed,
+            fixed.init(jax.random.key(0), nets.zeros(IMAGES)),
+            loss,
+            [],
+            IMAGES,
             steps=3,
             flops=0.5,
         )

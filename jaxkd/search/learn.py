@@ -71,12 +71,10 @@ def course(
 
     Raises:
       BudgetError: for a budget that cannot be reached.
-      GraphError: for a network of which nothing can be cut.
       ConfigError: for gates, couplings, blocks or budgets that cannot be.
     """
     if coupling not in gating.COUPLINGS:
         raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
-    check_movable(graph)
     found = gating.find(graph, gates)
     min_keep = selecting.floor(graph, min_keep, blocks=blocks, round_to=round_to, **budget)
     down = max(1, round(ramp * steps))
@@ -102,13 +100,21 @@ def course(
     )
 
 
-def check_movable(graph: Graph) -> None:
-    """GraphError if no channel group can be cut."""
+def rehearse(graph: Graph, limits: Mapping[str, blocking.Limits]) -> None:
+    """Refuses a network that cannot be cut before it is trained, and not when it is to be cut.
+
+    Raises:
+      GraphError: if no group can be cut, if the model's code cannot run with about half of every
+        group removed, or without the branches that `limits` let go, or computes something else.
+    """
     if all(group.frozen for group in graph.groups):
         raise errors.GraphError(
             f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
             'jaxkd.trace(…).frozen'
         )
+    cut.rehearse(graph)
+    if gone := [name for name, limit in limits.items() if not limit.least]:
+        cut.rehearse(graph, gone)
 
 
 class Body(NamedTuple):
@@ -276,7 +282,8 @@ class Search:
 
     Raises:
       BudgetError: for a budget that cannot be reached.
-      GraphError, ConfigError: see `course`.
+      GraphError: for a network that cannot be cut; see `rehearse`.
+      ConfigError: for gates, couplings, blocks or budgets that cannot be.
     """
 
     def __init__(
@@ -295,6 +302,7 @@ class Search:
         min_keep: float | None = None,
         **budget: float | None,
     ):
+        rehearse(graph, blocking.resolve(graph, blocks))
         self._course = course(
             graph,
             steps=steps,

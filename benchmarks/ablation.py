@@ -54,6 +54,8 @@ VARIANTS = {
     'from scratch': ['--config.distil.init=scratch'],
     'cut while searching': ['--config.search.shrink=0.7'],
     **{name: [f'--config.search.method={name}'] for name in criteria.CRITERIA},
+    'no group below 0.32': ['--config.search.min_keep=0.32'],
+    'groups of any width': ['--config.search.min_keep=0.01'],
     'recalibrated': ['--config.distil.recalibrate=100'],
 }
 

@@ -93,7 +93,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # Cut when less than this share of what is computed is alive; 0 never, which is faster
             # here, where the steps that are saved are fewer than those that compiling takes.
             'shrink': 0.0,
-            # Of every group that no block gives another, as a share; by default half of the width
+            # Of every group that no block gives another, as a share; by default 1/8 of the width
             # at which a network as narrow everywhere would meet the budget.
             'min_keep': config_dict.placeholder(float),
             # Search for less, the share expand_from of each budget, and widen all that is left by

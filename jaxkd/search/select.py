@@ -133,10 +133,11 @@ def floor(
 ) -> float:
     """What a search keeps of every group: a `min_keep` for `select` that the budgets allow.
 
-    It is what was `asked` for. By default it is half of the width at which a network that is as
+    It is what was `asked` for. By default it is an eighth of the width at which a network that is as
     narrow everywhere meets the budgets, with FLOPs and parameters going as the square of the width:
-    layers much narrower than the others let too little through, whatever their gates say. Less
-    where the budgets cannot be met with that; one unit at least.
+    so much that layers far narrower than the others still let something through, and little enough
+    that a stage of no use can go almost whole (benchmarks/results/ablation.json). One unit where
+    the budgets cannot be met with that.
 
     Raises:
       BudgetError: where they cannot be met at all, or not with what was asked for.
@@ -144,18 +145,18 @@ def floor(
     budgets = blocking.budgets(graph, blocks, **budget)
     squares = ('flops', 'params')
     widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
-    wanted = [share * min(widths, default=0.0) for share in (0.5, 0.25, 0.125)]
-    *wanted, last = [*wanted, 1] if asked is None else [asked]
     scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
     reach = functools.partial(select, graph, scores, blocks=blocks, round_to=round_to, **budget)
-    for least in wanted:
+    if asked is None:
+        least = min(widths, default=0.0) / 8
         try:
             reach(min_keep=least)
         except errors.BudgetError:
-            continue
-        return least
-    reach(min_keep=last)
-    return last
+            asked = 1
+        else:
+            return least
+    reach(min_keep=asked)
+    return asked
 
 
 def check_round_to(round_to: int) -> None:

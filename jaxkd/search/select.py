@@ -133,11 +133,11 @@ def floor(
 ) -> float:
     """What a search keeps of every group: a `min_keep` for `select` that the budgets allow.
 
-    It is what was `asked` for. By default it is an eighth of the width at which a network that is as
-    narrow everywhere meets the budgets, with FLOPs and parameters going as the square of the width:
-    so much that layers far narrower than the others still let something through, and little enough
-    that a stage of no use can go almost whole (benchmarks/results/ablation.json). One unit where
-    the budgets cannot be met with that.
+    It is what was `asked` for. By default it is an eighth of the width at which a network that is
+    as narrow everywhere meets the budgets, with FLOPs and parameters going as the square of the
+    width: so much that layers far narrower than the others still let something through, and little
+    enough that a stage of no use can go almost whole (benchmarks/results/ablation.json). One unit
+    where the budgets cannot be met with that.
 
     Raises:
       BudgetError: where they cannot be met at all, or not with what was asked for.

@@ -4,10 +4,9 @@
 
 Every row is `python -m jaxkd.main` on a part of Fashion-MNIST's training images, with a smaller
 MobileNetV2 and fewer epochs than configs/mbv2.py:fashion_mnist has, so that the whole table takes
-an hour or two on two CPU cores. The variants of a seed share the teacher of its plain run, 'as it
-is'. What was finished before is not run again. Accuracies are on the
-10,000 test images. The data set has to be prepared (see the README) in $TFDS_DATA_DIR or its
-default place.
+an hour on two CPU cores. The variants of a seed share the teacher of its plain run, 'as it is'.
+What was finished before is not run again. Accuracies are on the 10,000 test images. The data set
+has to be prepared (see the README) in $TFDS_DATA_DIR or its default place.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ SETTING = [
     '--config.data.labels=3000',
     '--config.model.arguments.width=0.5',
     '--config.model.arguments.strides=(2, 2, 2, 1, 1, 1, 1)',
-    '--config.budget.flops=0.4',
-    '--config.teacher.epochs=16',
+    '--config.budget.flops=0.2',
+    '--config.teacher.epochs=60',
     '--config.search.epochs=5',
     '--config.distil.epochs=8',
     '--config.teacher.ema_decay=0.98',
@@ -43,17 +43,18 @@ SETTING = [
     '--config.search.shrink=0.0',
     '--config.checkpoint_seconds=600.0',
 ]
-EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.4}}) for i in range(17))
+EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.2}}) for i in range(17))
 PLAIN = 'as it is'
 VARIANTS = {
     PLAIN: [],
-    'search without a teacher': ['--config.search.method=morphnet'],
-    'no teacher at all': ['--config.search.method=morphnet', '--config.distil.alpha=0.0'],
+    'search without a teacher': ['--config.search.alpha=0.0'],
+    'no teacher at all': ['--config.search.alpha=0.0', '--config.distil.alpha=0.0'],
+    'worth by gates': ['--config.search.worth=gates'],
+    'morphnet': ['--config.search.method=morphnet'],
     'every block to the budget': [f'--config.blocks={EVERY_BLOCK}'],
     'from scratch': ['--config.distil.init=scratch'],
     'cut while searching': ['--config.search.shrink=0.7'],
     **{name: [f'--config.search.method={name}'] for name in criteria.CRITERIA},
-    'no group below 0.32': ['--config.search.min_keep=0.32'],
     'groups of any width': ['--config.search.min_keep=0.01'],
     'recalibrated': ['--config.distil.recalibrate=100'],
 }

@@ -46,13 +46,14 @@ LEARNED = ('learn', 'morphnet')
 CHOICES = {
     'search': {
         'method': (*LEARNED, *criteria.CRITERIA),
+        'worth': (*criteria.CRITERIA, 'gates'),
         'gates': gating.KINDS,
         'coupling': gating.COUPLINGS,
     },
     'distil': {'init': ('search', 'scratch')},
 }
-# Batches that a criterion looks at, where it needs data.
-EVIDENCE = 8
+# Batches that a criterion looks at, where it needs data, and images in each.
+EVIDENCE = 32, 16
 # How often inference is timed, the networks taking turns.
 TIMINGS = 20
 
@@ -362,14 +363,18 @@ def search_structure(
     Loss: (1-α) CE + α T² KL + Σ_blocks λ · strength · Σ price · |gate| / F(all), the last as a
     proximal step and over the gates that are to close next alone. λ is steered so that the cost
     that is alive follows a schedule to the budget.
-    Channels that have closed are cut away when they are many enough. With the method 'morphnet'
-    the loss is without a teacher, α = 0 (Gordon et al. 2018, https://arxiv.org/abs/1711.06798).
+    Which are next is a matter of what they were worth at the start, in proportion to what is left
+    of their gates, and of their price. Channels that have closed are cut away when they are many
+    enough. With the method 'morphnet' the loss is without a teacher, α = 0, and worth is the size
+    of gates (Gordon et al. 2018, https://arxiv.org/abs/1711.06798).
 
     Returns:
       The student's variables, at the widths of its graph, and what to keep of them.
     """
     config, graph = setup.config.search, aim.graph
-    alpha = 0.0 if config.method == 'morphnet' else config.alpha
+    alpha, worth = config.alpha, criteria.CRITERIA.get(config.worth)
+    if config.method == 'morphnet':
+        alpha, worth = 0.0, None
     steps, schedule = loop.schedule(setup, aim.stage)
     course = learn.course(
         graph,
@@ -385,6 +390,7 @@ def search_structure(
         **aim.budget,
     )
     body = learn.follow(course)
+    whole = learn.body(course, graph.keep_all())
 
     def network(keep: tracing.Keep) -> loop.Network:
         found = body(keep)
@@ -394,6 +400,9 @@ def search_structure(
     student = {**start, 'params': gating.gated(course.gates, start['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
+        if not step and worth:
+            scores = worth(graph, jax.device_get(start), evidence(setup, graph.model))
+            memory = learn.first(whole, state.params, scores)
         memory = learn.press(body(memory.physical), step, state.params, memory)
         return memory, {'strength': learn.strength(body(memory.physical), memory)}
 
@@ -406,7 +415,6 @@ def search_structure(
             **control.record(cost, memory, course.budgets),
         }
 
-    whole = learn.body(course, graph.keep_all())
     state, memory = loop.fit(
         setup,
         aim.stage,
@@ -444,10 +452,6 @@ def prune_in_rounds(
     config, graph = setup.config.search, aim.graph
     budgets = blocking.budgets(graph, aim.blocks, **aim.budget)
     steps, _ = loop.schedule(setup, aim.stage)
-    images = train.batches(
-        setup.train, config.batch_size, setup.mesh, seed=setup.config.seed, start=0, stop=EVIDENCE
-    )
-    evidence = tuple(images) if config.method in criteria.ON_DATA else ()
 
     def network(keep: tracing.Keep) -> loop.Network:
         return loop.Network(cut.narrowed(graph, keep)[0])
@@ -455,13 +459,12 @@ def prune_in_rounds(
     def steer(step: int, state: train.TrainState, keep: tracing.Keep):
         progress = rounds.due(step, steps, config.rounds)
         if progress is not None:
-            loss = train.make_loss(network(keep).model, setup.preprocessing, setup.mesh)
             keep = rounds.cut_down(
                 graph,
                 jax.device_get(train.variables(state)),
                 keep,
                 config.method,
-                criteria.Evidence(loss, evidence, setup.config.seed),
+                evidence(setup, network(keep).model),
                 budgets,
                 progress,
                 blocks=aim.blocks,
@@ -483,6 +486,17 @@ def prune_in_rounds(
         narrow=functools.partial(cut.cut, graph),
     )
     return cut.restore(graph, train.variables(state), keep, start), keep
+
+
+def evidence(setup: loop.Setup, model: nn.Module) -> criteria.Evidence:
+    """What criteria measure a network with: its loss on small batches of training images."""
+    devices = setup.mesh.size
+    number, size = EVIDENCE[0], devices * -(-EVIDENCE[1] // devices)
+    images = train.batches(
+        setup.train, size, setup.mesh, seed=setup.config.seed, start=0, stop=number
+    )
+    loss = train.make_loss(model, setup.preprocessing, setup.mesh)
+    return criteria.Evidence(loss, tuple(images), setup.config.seed)
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:

@@ -14,7 +14,7 @@ from jaxkd import errors
 from jaxkd.search import criteria
 from jaxkd.search.criteria import CRITERIA, Evidence
 
-DATA = ('taylor', 'group_taylor', 'activation', 'sensitivity')
+DATA = ('taylor', 'group_taylor', 'fisher', 'activation', 'sensitivity')
 
 
 class Line(nn.Module):
@@ -121,6 +121,28 @@ def test_group_taylor_adds_biases_and_readers():
     """b_c·v_c = 1, -1, 0; the reading weight's v_c·h_c, with h = (5.5, -1, 11), is 11, 1, 11."""
     score = line()[2]('group_taylor', jnp.array([[1.0, 2.0]]))
     np.testing.assert_allclose(score, [100 + 1 + 121, 4 + 1 + 1, 121 + 0 + 121])
+
+
+def test_fisher_is_of_what_is_read():
+    """v_c·h_c, with h = (5.5, -1, 11) for x = (1, 2) and (1.5, 1, 3) for x = (1, 0)."""
+    score = line()[2]
+    first, second = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]])
+    np.testing.assert_allclose(score('fisher', first), [121, 1, 121])
+    np.testing.assert_allclose(score('fisher', first, second), [130 / 2, 1, 130 / 2])
+    # Of several readers the sum counts: here what they read cancels out.
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            hidden = nn.Dense(3, use_bias=False, name='hidden')(x)
+            out = [nn.Dense(1, use_bias=False, name=name)(hidden) for name in ('plus', 'minus')]
+            return out[0] - out[1]
+
+    params = {'hidden': {'kernel': jnp.array(HIDDEN)}}
+    params |= {'plus': {'kernel': jnp.array(OUT)}, 'minus': {'kernel': jnp.array(OUT)}}
+    graph = jaxkd.trace(Twice(), {'params': params}, first)
+    evidence = Evidence(lambda v, x: Twice().apply(v, x).mean(), [first])
+    np.testing.assert_array_equal(criteria.fisher(graph, {'params': params}, evidence)['hidden'], 0)
 
 
 def test_activation_is_the_mean_magnitude():

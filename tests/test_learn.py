@@ -1,6 +1,7 @@
 """Learning a structure by one call, and in a loop of one's own."""
 
 import functools
+import itertools
 
 from flax import linen as nn
 from flax import traverse_util
@@ -14,7 +15,7 @@ from sklearn import datasets
 
 import jaxkd
 from jaxkd import distill
-from jaxkd.search import gates, learn, penalty
+from jaxkd.search import criteria, gates, learn, penalty
 
 STEPS = 150
 
@@ -151,7 +152,11 @@ def test_a_loop_of_ones_own_finds_the_same(teacher):
     )
     graph = jaxkd.trace(MODEL, teacher, IMAGES, train=False)
     params, rest = teacher['params'], {'batch_stats': teacher['batch_stats']}
-    search = jaxkd.Search(graph, params, steps=20, learning_rate=0.02, params=0.7)
+    evidence = criteria.Evidence(
+        lambda variables, batch: loss(variables, batch)[0], list(itertools.islice(batches(), 20))
+    )
+    worth = criteria.fisher(graph, teacher, evidence)
+    search = jaxkd.Search(graph, params, steps=20, learning_rate=0.02, worth=worth, params=0.7)
     tx = optax.chain(optax.sgd(0.02, momentum=0.9, nesterov=True), search.transformation)
     state = tx.init(params)
 

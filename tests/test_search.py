@@ -397,6 +397,29 @@ def test_penalty_is_the_quantile_that_meets_the_schedule(chain):
     assert state.strength['one'][:3].all() and not state.strength['one'][3]
 
 
+def test_gates_close_in_the_order_of_their_worth(chain):
+    """As above, with those numbers as worth: b's first two are due, though others' gates are less.
+
+    A unit's threshold is λ · price over what one of its effort is worth: 0.3/3 and 0.6/2.
+    """
+    graph, _ = chain
+    efforts = {'one': np.full(4, 0.1), 'two': np.array([3.0, 2.0, 0.1, 0.1, 0.1, 0.1])}
+    worth = {'one': np.full(4, 50.0), 'two': np.array([0.3, 0.6, 9.0, 9.0, 9.0, 9.0])}
+    state = control.weigh(control.initial(graph, efforts), efforts, worth)
+    valued = control.valued(state, efforts)
+    np.testing.assert_allclose(valued['two'], worth['two'])
+    state = _decide(graph, state, valued, 0.71, 1.0)
+    np.testing.assert_allclose(state.penalty, 16.0 * state.correction, rtol=1e-6)
+    expected = state.penalty[0] * 6 / 40 * np.array([3 / 0.3, 2 / 0.6])
+    np.testing.assert_allclose(state.strength['two'][:2], expected, rtol=1e-6)
+    assert not state.strength['two'][2:].any() and not state.strength['one'].any()
+    # What nothing was said about is worth the mean; what is worth nothing can still be open.
+    state = control.weigh(state, efforts, {'two': np.array([0.0, 0, 0, 0, 0, 12])})
+    valued = control.valued(state, efforts)
+    np.testing.assert_allclose(valued['one'], 2.0)
+    assert 0 < valued['two'][0] < 1e-3 and valued['two'][5] == 12.0
+
+
 def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):
     graph, _ = chain
     efforts = {'one': np.full(4, 5.0), 'two': np.array([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])}
@@ -425,16 +448,19 @@ def test_controller_follows_the_schedule_against_a_pull():
     graph, _ = _wide()
     rng = np.random.default_rng(0)
     start = {g.name: rng.uniform(0.2, 1.5, g.size) for g in graph.groups if not g.frozen}
-    for pull in (0.0, 0.002, 0.02):
+    worth = {name: rng.lognormal(0.0, 3.0, len(e)) for name, e in start.items()}
+    for pull, weigh in itertools.product((0.0, 0.002, 0.02), (False, True)):
         efforts = {name: e.copy() for name, e in start.items()}
         state = control.initial(graph, efforts)
+        if weigh:
+            state = control.weigh(state, efforts, worth)
         rounds, rate = 100, 0.05
         worst = 0.0
         for i in range(rounds + 30):
             state = control.decide(
                 graph,
                 state,
-                efforts,
+                control.valued(state, efforts),
                 blocks.resolve(graph),
                 blocks.budgets(graph, flops=0.4),
                 progress=i / rounds,
@@ -447,8 +473,8 @@ def test_controller_follows_the_schedule_against_a_pull():
             for name, effort in efforts.items():
                 back = np.where(state.closed[name], 0.0, pull * rng.random(len(effort)))
                 efforts[name] = np.maximum(effort + back - rate * state.strength[name], 0.0)
-        assert share <= 0.41 and share >= 0.37, (pull, share)
-        assert worst < 0.05, (pull, worst)  # never far below the schedule either
+        assert share <= 0.41 and share >= 0.37, (pull, weigh, share)
+        assert worst < 0.05, (pull, weigh, worst)  # never far below the schedule either
 
 
 class Pyramid(nn.Module):

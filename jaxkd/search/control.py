@@ -32,6 +32,9 @@ AHEAD = (0.125, 0.25, 0.5, 1.0)
 # The search ends a little below the budget, so that all that `select` leaves out has closed.
 SPARE = 0.01
 BOUNDS = (0.1, 1000.0)
+# The least worth, as a share of the mean: of what has none the loss says nothing, and its price
+# has to.
+LEAST = 1e-6
 
 
 class State(NamedTuple):
@@ -43,6 +46,7 @@ class State(NamedTuple):
       scheduled: float64 [budgets], the share that was to be alive; beside it stands what is.
       closed: bool [units] by group name: gates that have closed, and stay closed.
       strength: float32 [units] by group name: what `penalty.proximal` wants.
+      value: float64 [units] by group name: of one of effort; see `weigh`.
       physical: bool [units] by group name: those that have not been cut away yet.
     """
 
@@ -51,6 +55,7 @@ class State(NamedTuple):
     scheduled: np.ndarray
     closed: dict[str, np.ndarray]
     strength: dict[str, np.ndarray]
+    value: dict[str, np.ndarray]
     physical: dict[str, np.ndarray]
 
 
@@ -62,8 +67,39 @@ def initial(graph: Graph, efforts: Mapping[str, np.ndarray], budgets: int = 1) -
         scheduled=np.ones(budgets),
         closed={name: np.zeros(len(e), bool) for name, e in efforts.items()},
         strength={name: np.zeros(len(e), np.float32) for name, e in efforts.items()},
+        value={name: np.ones(len(e)) for name, e in efforts.items()},
         physical=graph.keep_all(),
     )
+
+
+def weigh(
+    state: State, efforts: Mapping[str, np.ndarray], worth: Mapping[str, np.ndarray]
+) -> State:
+    """The state where gates close in the order of what they are worth now, for their price.
+
+    Gates of different layers are no measure of one another: their size follows from the layers'
+    normalization, and the loss may not care. So the penalty of each is weighted by its effort over
+    its worth (an adaptive lasso; Zou 2006, https://doi.org/10.1198/016214506000000735), and its
+    worth goes with its effort from there on.
+
+    Args:
+      state: `initial`.
+      efforts: float [units] by group name, of the parameters at the start.
+      worth: the same, ≥ 0, on any scale. Groups that it lacks are worth the mean of the others.
+    """
+    mean = np.mean(np.concatenate([w for name, w in worth.items() if name in efforts]))
+    if not mean:
+        return state  # nothing is known
+    value = {}
+    for name, effort in efforts.items():
+        now = np.maximum(worth.get(name, np.full(len(effort), mean)), LEAST * mean)
+        value[name] = now / np.where(effort > 0, effort, 1.0)
+    return state._replace(value=value)
+
+
+def valued(state: State, efforts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What units are worth: float64 [units] by group name; exactly 0 for closed ones."""
+    return {name: effort * state.value[name] for name, effort in efforts.items()}
 
 
 def alive(graph: Graph, state: State) -> dict[str, np.ndarray]:
@@ -119,7 +155,8 @@ def decide(
     Args:
       graph: the traced network.
       state: from the round before, or `initial`.
-      efforts: float [units] by group name, of the present parameters; exactly 0 is closed.
+      efforts: float [units] by group name, of the present parameters, as `valued`; exactly 0 is
+        closed.
       limits: from `blocks.resolve`.
       budgets: from `blocks.budgets`.
       progress: how far along its way down the schedule is, in [0, 1] and beyond.
@@ -165,7 +202,8 @@ def decide(
         # Who is pressed: what is to close by the end of the whole horizon, the last part.
         strength += np.where(ratio <= needed, penalties[i] * price, 0.0)
     # What has closed, and what is left of a branch that has gone, stays closed.
-    strength = np.where(open_, strength, np.inf).astype(np.float32)
+    value = graph.vector(state.value, missing=1.0)
+    strength = np.where(open_, strength / value, np.inf).astype(np.float32)
     found = graph.by_group(strength)
     return state._replace(
         correction=corrections,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -17,12 +18,14 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.graph.trace import Graph, Keep, plain
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, penalty
+from jaxkd.search import control, criteria, penalty
 from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
 # Rounds of control on the way down to the budget, and how much of the way λ looks ahead.
 ROUNDS, LOOKAHEAD = 60, 0.2
+# Batches by which `learn_structure` judges what channels are worth at the start.
+EVIDENCE = 32
 
 
 class Course(NamedTuple):
@@ -178,21 +181,28 @@ def whole(body: Body, variables: Any, into: Any) -> Any:
 
 
 def efforts(body: Body, params: Any) -> dict[str, np.ndarray]:
-    """The score of every unit of the full network: how far its gate is from closing.
+    """How far the gate of every unit of the full network is from closing.
 
     Units that have been cut away are at 0.
     """
     scores = {}
     for name, effort in jax.device_get(body.effort(params)).items():
-        scores[name] = np.zeros(len(body.keep[name]), effort.dtype)
+        scores[name] = np.zeros(len(body.keep[name]))
         scores[name][body.keep[name]] = effort
     return scores
 
 
-def first(body: Body, params: Any) -> control.State:
-    """What the controller knows before the first step."""
-    course = body.course
-    return control.initial(course.graph, efforts(body, params), len(course.budgets))
+def first(body: Body, params: Any, worth: Mapping[str, np.ndarray] | None = None) -> control.State:
+    """What the controller knows before the first step.
+
+    Args:
+      body: of the full network.
+      params: at the start.
+      worth: float [units] by group name, ≥ 0, what each unit is worth now; see `control.weigh`.
+    """
+    course, found = body.course, efforts(body, params)
+    memory = control.initial(course.graph, found, len(course.budgets))
+    return control.weigh(memory, found, worth) if worth else memory
 
 
 def press(body: Body, step: int, params: Any, memory: control.State) -> control.State:
@@ -207,7 +217,7 @@ def press(body: Body, step: int, params: Any, memory: control.State) -> control.
     memory = control.decide(
         course.graph,
         memory,
-        efforts(body, params),
+        control.valued(memory, efforts(body, params)),
         course.limits,
         course.budgets,
         progress=step / course.down,
@@ -240,7 +250,8 @@ def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarr
     alive = control.alive(course.graph, memory)
     cost = course.graph.cost(alive)
     within = all(budget.share(cost) * budget.full <= budget.most for budget in course.budgets)
-    return course.select(efforts(body, params), held=alive if within else None)
+    scores = control.valued(memory, efforts(body, params))
+    return course.select(scores, held=alive if within else None)
 
 
 class Search:
@@ -273,6 +284,8 @@ class Search:
         `jaxkd.search.gates.shrink`.
       blocks, round_to: see `jaxkd.select`.
       min_keep: see `jaxkd.search.select.floor`.
+      worth: float [units] by group name, ≥ 0: what each unit is worth at the start, such as a score
+        of `jaxkd.search.criteria`. By default what its gate says; see `jaxkd.search.control`.
       **budget: see `jaxkd.select`.
 
     Attributes:
@@ -300,6 +313,7 @@ class Search:
         blocks: blocking.Blocks = (),
         round_to: int = 1,
         min_keep: float | None = None,
+        worth: Mapping[str, np.ndarray] | None = None,
         **budget: float | None,
     ):
         rehearse(graph, blocking.resolve(graph, blocks))
@@ -319,7 +333,7 @@ class Search:
         self.budgets = self._course.budgets
         weights = self.gated(weights)
         self.transformation = penalty.proximal(self._course.gates, learning_rate, coupling)
-        self.memory = first(self._body, weights)
+        self.memory = first(self._body, weights, worth)
 
     def gated(self, params: Any) -> Any:
         """The parameters to be trained: with the gates that are none of the model's own.
@@ -386,6 +400,7 @@ def learn_structure(
     blocks: blocking.Blocks = (),
     round_to: int = 1,
     min_keep: float | None = None,
+    worth: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
     **apply_kwargs: Any,
 ) -> SearchResult:
@@ -404,6 +419,7 @@ def learn_structure(
       optimizer: with this learning rate; SGD with Nesterov momentum 0.9 by default.
       flops, params, activations, latency, blocks, round_to: see `jaxkd.select`.
       ramp, gates, coupling, min_keep: see `Search`.
+      worth: see `Search`; by default `criteria.fisher`, by the loss of the first batches.
       seed: for the samples of `gates='sigmoid'`.
       **apply_kwargs: further arguments of `model.apply` in evaluation mode, such as `train=False`.
 
@@ -435,6 +451,13 @@ def learn_structure(
     if not search.budgets:
         why = 'give flops=, params=, activations= or latency= below the full network'
         raise errors.ConfigError('budget', budget, why=why)
+    source = iter(batches)
+    if worth is None:
+        begin = list(itertools.islice(source, min(steps, EVIDENCE)))
+        source = itertools.chain(begin, source)
+        evidence = criteria.Evidence(lambda *args: _split(loss(*args))[0], begin)
+        worth = criteria.fisher(graph, variables, evidence) if begin else None
+    search.memory = first(search._body, weights, worth)
     tx = optax.chain(
         optimizer or optax.sgd(learning_rate, momentum=0.9, nesterov=True), search.transformation
     )
@@ -445,8 +468,7 @@ def learn_structure(
 
         def objective(weights):
             with cpu.fast_convolutions():
-                result = loss({'params': search.fold(weights, key), **rest}, batch)
-            return result if isinstance(result, tuple) else (result, {})
+                return _split(loss({'params': search.fold(weights, key), **rest}, batch))
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt_state = tx.update(gradients, opt_state, weights, **extra)
@@ -454,7 +476,6 @@ def learn_structure(
 
     opt_state = tx.init(weights)
     losses, alive = [], []
-    source = iter(batches)
     for step in range(steps):
         try:
             batch = next(source)
@@ -474,3 +495,8 @@ def learn_structure(
     keep = search.keep(weights)
     small = cut.compact(graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))
+
+
+def _split(result: Any) -> tuple[Any, Any]:
+    """What a loss returns, as the loss and what the model changed."""
+    return result if isinstance(result, tuple) else (result, {})

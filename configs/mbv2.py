@@ -73,7 +73,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         'weight_decay': 5e-4,
         'ema_decay': 0.95,
     }
-    soft = {'alpha': 0.9, 'temperature': 2.0}
+    soft = {'alpha': 0.5, 'temperature': 2.0}
     config.teacher = stage | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
     config.search = (
         stage

@@ -49,6 +49,7 @@ VARIANTS = {
     PLAIN: [],
     'search without a teacher': ['--config.search.alpha=0.0'],
     'no teacher at all': ['--config.search.alpha=0.0', '--config.distil.alpha=0.0'],
+    'mostly the teacher': ['--config.search.alpha=0.9', '--config.distil.alpha=0.9'],
     'worth by gates': ['--config.search.worth=gates'],
     'morphnet': ['--config.search.method=morphnet'],
     'every block to the budget': [f'--config.blocks={EVERY_BLOCK}'],

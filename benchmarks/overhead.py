@@ -7,14 +7,15 @@ and all, nothing cut), of plain training, and of the teacher's forward pass alon
 medians. A turn is as many steps as the config's search makes from one round of control to the next.
 
 Stages, with configs/mbv2.py:fashion_mnist on a part of its training images: search and distillation
-against plain training of the full network for as many epochs, compilation included, one after the
-other. The data set has to be prepared (see the README).
+under each budget against plain training of the full network for as many epochs, compilation
+included, one after the other. The data set has to be prepared (see the README).
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,6 +28,9 @@ import numpy as np
 from configs import mbv2
 from jaxkd import cpu, data, loop, pipeline, train
 from jaxkd.search import learn, penalty
+
+# Of which the stages are timed at half of the full network's.
+BUDGETS = ('flops', 'latency')
 
 
 def main() -> None:
@@ -48,8 +52,12 @@ def main() -> None:
         config = mbv2.get_config('fashion_mnist')
         config.data.labels = report['images'] = arguments.images
         report['seconds'] = stages(config)
-        learned = report['seconds']['search'] + report['seconds']['distil']
-        report['search + distillation / plain'] = round(learned / report['seconds']['plain'], 3)
+        plain = report['seconds']['plain']
+        report['search + distillation / plain'] = {
+            budget: round(sum(seconds.values()) / plain, 3)
+            for budget, seconds in report['seconds'].items()
+            if budget != 'plain'
+        }
     machine.write_report(arguments.out, report)
     for name, value in report.items():
         print(f'{name}: {value}')
@@ -109,21 +117,28 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
     return {name: round(1000 * statistics.median(times[2:]), 2) for name, times in taken.items()}
 
 
-def stages(config: Any) -> dict[str, float]:
-    """Seconds of search and distillation, and of plain training for as many epochs."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        short = config.copy_and_resolve_references()
-        short.teacher.epochs = 1.0
-        found = pipeline.run(short, pathlib.Path(folder) / 'learned')['seconds']
-        seconds |= {'search': found['search'], 'distil': found['distil']}
+def stages(config: Any) -> dict[str, Any]:
+    """Seconds of search and distillation by budget, and of plain training for as many epochs."""
+    seconds: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for resource in BUDGETS:
+            short = config.copy_and_resolve_references()
+            short.teacher.epochs = 1.0
+            short.budget.flops = 1.0
+            short.budget[resource] = 0.5
+            if (folder / BUDGETS[0] / 'teacher').exists():
+                shutil.copytree(folder / BUDGETS[0] / 'teacher', folder / resource / 'teacher')
+            found = pipeline.run(short, folder / resource)['seconds']
+            taken = {stage: round(found[stage], 1) for stage in ('search', 'distil')}
+            seconds[f'half of the {resource}'] = taken
         plain = config.copy_and_resolve_references()
         plain.teacher.epochs = config.search.epochs + config.distil.epochs
         plain.search.epochs = plain.distil.epochs = 0.01
         plain.search.method = 'uniform'
-        found = pipeline.run(plain, pathlib.Path(folder) / 'plain')['seconds']
-        seconds['plain'] = found['teacher']
-    return {name: round(value, 1) for name, value in seconds.items()}
+        found = pipeline.run(plain, folder / 'plain')['seconds']
+        seconds['plain'] = round(found['teacher'], 1)
+    return seconds
 
 
 if __name__ == '__main__':

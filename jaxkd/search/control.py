@@ -1,13 +1,14 @@
 """λ is steered: the cost that is alive follows a schedule down to the budget.
 
 A gate that nothing pulls back closes when the thresholds it has met add up to its effort (see
-`gates.effort`). So the λ that brings the cost to its scheduled value within a horizon can be
-computed: it is a quantile of effort per price. Only the gates below that quantile are pressed, so
-that the others keep what they have learned (a trimmed ℓ1 penalty; Yun et al. 2019, Trimming the ℓ1
-Regularizer, https://proceedings.mlr.press/v97/yun19a.html). What the loss pulls back is the error
-of this prediction; a multiplicative integral term corrects it. Every budget has a λ of its own,
-those of blocks first: what they close counts for the network's as well. Gates whose block is not
-pressed yet, or no more, leave the schedule to the others.
+`gates.effort`), and what its unit is worth goes with it (see `weigh`). So the λ that brings the
+cost to its scheduled value within a horizon can be computed: it is a quantile of worth per price.
+Only the gates below that quantile are pressed, so that the others keep what they have learned (a
+trimmed ℓ1 penalty; Yun et al. 2019, Trimming the ℓ1 Regularizer,
+https://proceedings.mlr.press/v97/yun19a.html). What the loss pulls back is the error of this
+prediction; a multiplicative integral term corrects it. Every budget has a λ of its own, those of
+blocks first: what they close counts for the network's as well. Gates whose block is not pressed
+yet, or no more, leave the schedule to the others.
 """
 
 from __future__ import annotations

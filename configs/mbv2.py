@@ -81,8 +81,8 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         | {
             # 'learn', 'morphnet' (without a teacher), or a criterion: 'l1', 'taylor', …
             'method': 'learn',
-            # What channels are worth when a learned search begins: a criterion, or 'gates', the
-            # size of their gates.
+            # What channels are worth when a learned search begins: a criterion (but 'uniform' and
+            # 'random'), or 'gates', the size of their gates.
             'worth': 'fisher',
             'rounds': 1,  # in which a criterion cuts, evenly over the search
             'epochs': 12.0,

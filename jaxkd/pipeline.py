@@ -46,7 +46,7 @@ LEARNED = ('learn', 'morphnet')
 CHOICES = {
     'search': {
         'method': (*LEARNED, *criteria.CRITERIA),
-        'worth': (*criteria.CRITERIA, 'gates'),
+        'worth': (*criteria.MEASURES, 'gates'),
         'gates': gating.KINDS,
         'coupling': gating.COUPLINGS,
     },

@@ -320,6 +320,8 @@ CRITERIA: dict[str, Criterion] = {
     'activation': activation,
     'sensitivity': sensitivity,
 }
+# What is worth something, not a mere order.
+MEASURES = tuple(name for name in CRITERIA if name not in ('random', 'uniform'))
 ON_DATA = ('taylor', 'group_taylor', 'fisher', 'activation', 'sensitivity')  # what needs evidence
 
 
@@ -472,7 +474,7 @@ def _first_order(
         def scalar(moving: dict[str, jax.Array]) -> jax.Array:
             return loss(traverse_util.unflatten_dict({**fixed, **moving}, sep='/'), batch)
 
-        moving = {path: leaves[path] for path in wanted}
+        moving = {path: leaves[path] for path in sorted(wanted)}
         gradients = jax.grad(scalar)(moving)
 
         def total(member: tracing.Member, positions: np.ndarray) -> jax.Array:

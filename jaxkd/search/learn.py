@@ -451,11 +451,17 @@ def learn_structure(
     if not search.budgets:
         why = 'give flops=, params=, activations= or latency= below the full network'
         raise errors.ConfigError('budget', budget, why=why)
+
+    def value_and_changed(variables, batch):
+        with cpu.fast_convolutions():
+            result = loss(variables, batch)
+        return result if isinstance(result, tuple) else (result, {})
+
     source = iter(batches)
     if worth is None:
         begin = list(itertools.islice(source, min(steps, EVIDENCE)))
         source = itertools.chain(begin, source)
-        evidence = criteria.Evidence(lambda *args: _split(loss(*args))[0], begin)
+        evidence = criteria.Evidence(lambda *args: value_and_changed(*args)[0], begin)
         worth = criteria.fisher(graph, variables, evidence) if begin else None
     search.memory = first(search._body, weights, worth)
     tx = optax.chain(
@@ -467,8 +473,7 @@ def learn_structure(
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         def objective(weights):
-            with cpu.fast_convolutions():
-                return _split(loss({'params': search.fold(weights, key), **rest}, batch))
+            return value_and_changed({'params': search.fold(weights, key), **rest}, batch)
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt_state = tx.update(gradients, opt_state, weights, **extra)
@@ -495,8 +500,3 @@ def learn_structure(
     keep = search.keep(weights)
     small = cut.compact(graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))
-
-
-def _split(result: Any) -> tuple[Any, Any]:
-    """What a loss returns, as the loss and what the model changed."""
-    return result if isinstance(result, tuple) else (result, {})

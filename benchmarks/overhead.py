@@ -7,8 +7,8 @@ and all, nothing cut), of plain training, and of the teacher's forward pass alon
 medians. A turn is as many steps as the config's search makes from one round of control to the next.
 
 Stages, with configs/mbv2.py:fashion_mnist on a part of its training images: search and distillation
-under each budget against plain training of the full network for as many epochs, compilation
-included, one after the other. The data set has to be prepared (see the README).
+under each budget against training the teacher for as many epochs, compilation included, one after
+the other. The data set has to be prepared (see the README).
 """
 
 from __future__ import annotations
@@ -118,26 +118,19 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
 
 
 def stages(config: Any) -> dict[str, Any]:
-    """Seconds of search and distillation by budget, and of plain training for as many epochs."""
+    """Seconds of the teacher's training, and of search and distillation by budget."""
     seconds: dict[str, Any] = {}
+    config.teacher.epochs = config.search.epochs + config.distil.epochs
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
         for resource in BUDGETS:
-            short = config.copy_and_resolve_references()
-            short.teacher.epochs = 1.0
-            short.budget.flops = 1.0
-            short.budget[resource] = 0.5
-            if (folder / BUDGETS[0] / 'teacher').exists():
-                shutil.copytree(folder / BUDGETS[0] / 'teacher', folder / resource / 'teacher')
-            found = pipeline.run(short, folder / resource)['seconds']
+            folder, first = (pathlib.Path(name) / part for part in (resource, BUDGETS[0]))
+            config.budget.update({'flops': 1.0, resource: 0.5})
+            if folder != first:
+                shutil.copytree(first / 'teacher', folder / 'teacher')
+            found = pipeline.run(config, folder)['seconds']
+            seconds['plain'] = round(found['teacher'], 1)
             taken = {stage: round(found[stage], 1) for stage in ('search', 'distil')}
             seconds[f'half of the {resource}'] = taken
-        plain = config.copy_and_resolve_references()
-        plain.teacher.epochs = config.search.epochs + config.distil.epochs
-        plain.search.epochs = plain.distil.epochs = 0.01
-        plain.search.method = 'uniform'
-        found = pipeline.run(plain, folder / 'plain')['seconds']
-        seconds['plain'] = round(found['teacher'], 1)
     return seconds
 
 

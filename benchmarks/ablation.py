@@ -4,9 +4,10 @@
 
 Every row is `python -m jaxkd.main` on a part of Fashion-MNIST's training images, with a smaller
 MobileNetV2 and fewer epochs than configs/mbv2.py:fashion_mnist has, so that the whole table takes
-an hour on two CPU cores. The variants of a seed share the teacher of its plain run, 'as it is'.
-What was finished before is not run again. Accuracies are on the 10,000 test images. The data set
-has to be prepared (see the README) in $TFDS_DATA_DIR or its default place.
+an hour or two on two CPU cores. The variants of a seed share the teacher of its plain run, 'as it
+is'. Rows that FILE has of the same setting are not run again, but for the plain runs. Accuracies
+are on the 10,000 test images. The data set has to be prepared (see the README) in $TFDS_DATA_DIR or
+its default place.
 """
 
 from __future__ import annotations
@@ -115,11 +116,13 @@ def main() -> None:
             'seconds': {stage: found['seconds'][stage] for stage in ('search', 'distil')},
         }
 
+    before = known(arguments.out)
     with futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        seeds = range(arguments.seeds)
         others = [name for name in arguments.variants if name != PLAIN]
-        plain = list(pool.map(functools.partial(run, PLAIN), seeds))
-        pairs = [(name, seed) for seed in seeds for name in others]
+        pairs = [(name, seed) for seed in range(arguments.seeds) for name in others]
+        report['runs'] += [before[pair] for pair in pairs if pair in before]
+        pairs = [pair for pair in pairs if pair not in before]
+        plain = list(pool.map(functools.partial(run, PLAIN), range(arguments.seeds)))
         for row in itertools.chain(plain, pool.map(lambda pair: run(*pair), pairs)):
             report['runs'].append(row)
             print(json.dumps(row), flush=True)
@@ -131,6 +134,19 @@ def main() -> None:
             f'{100 * row["gain"]:+.2f} ± {100 * row["gain_spread"]:.2f} points   '
             f'params {row["params"]:.3f}   {row["seconds"]:.0f} s'
         )
+
+
+def known(path: pathlib.Path) -> dict[tuple[str, int], dict]:
+    """The rows of a report of the same setting, by variant and seed."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    same = {name for name, flags in report['variants'].items() if VARIANTS.get(name) == flags}
+    return {
+        (row['variant'], row['seed']): row
+        for row in report['runs']
+        if report['setting'] == SETTING and row['variant'] in same
+    }
 
 
 def table(runs: list[dict]) -> list[dict]:

@@ -372,9 +372,9 @@ def search_structure(
       The student's variables, at the widths of its graph, and what to keep of them.
     """
     config, graph = setup.config.search, aim.graph
-    alpha, worth = config.alpha, criteria.CRITERIA.get(config.worth)
+    alpha, worth = config.alpha, config.worth
     if config.method == 'morphnet':
-        alpha, worth = 0.0, None
+        alpha, worth = 0.0, 'gates'
     steps, schedule = loop.schedule(setup, aim.stage)
     course = learn.course(
         graph,
@@ -400,8 +400,9 @@ def search_structure(
     student = {**start, 'params': gating.gated(course.gates, start['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
-        if not step and worth:
-            scores = worth(graph, jax.device_get(start), evidence(setup, graph.model))
+        if not step and worth != 'gates':
+            measured = evidence(setup, graph.model, worth)
+            scores = criteria.CRITERIA[worth](graph, jax.device_get(start), measured)
             memory = learn.first(whole, state.params, scores)
         memory = learn.press(body(memory.physical), step, state.params, memory)
         return memory, {'strength': learn.strength(body(memory.physical), memory)}
@@ -464,7 +465,7 @@ def prune_in_rounds(
                 jax.device_get(train.variables(state)),
                 keep,
                 config.method,
-                evidence(setup, network(keep).model),
+                evidence(setup, network(keep).model, config.method),
                 budgets,
                 progress,
                 blocks=aim.blocks,
@@ -488,12 +489,20 @@ def prune_in_rounds(
     return cut.restore(graph, train.variables(state), keep, start), keep
 
 
-def evidence(setup: loop.Setup, model: nn.Module) -> criteria.Evidence:
-    """What criteria measure a network with: its loss on small batches of training images."""
+def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Evidence:
+    """What a criterion measures a network with: its loss on small batches of training images.
+
+    Without images for criteria that look at none.
+    """
     devices = setup.mesh.size
     number, size = EVIDENCE[0], devices * -(-EVIDENCE[1] // devices)
     images = train.batches(
-        setup.train, size, setup.mesh, seed=setup.config.seed, start=0, stop=number
+        setup.train,
+        size,
+        setup.mesh,
+        seed=setup.config.seed,
+        start=0,
+        stop=number if criterion in criteria.ON_DATA else 0,
     )
     loss = train.make_loss(model, setup.preprocessing, setup.mesh)
     return criteria.Evidence(loss, tuple(images), setup.config.seed)

@@ -52,8 +52,8 @@ CHOICES = {
     },
     'distil': {'init': ('search', 'scratch')},
 }
-# Batches that a criterion looks at, where it needs data, and images in each.
-EVIDENCE = 32, 16
+# Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
+SMALL_BATCH = 16
 # How often inference is timed, the networks taking turns.
 TIMINGS = 20
 
@@ -470,6 +470,7 @@ def prune_in_rounds(
                 progress,
                 blocks=aim.blocks,
                 round_to=config.round_to,
+                min_keep=config.min_keep,
             )
         return keep, {}
 
@@ -495,14 +496,13 @@ def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Ev
     Without images for criteria that look at none.
     """
     devices = setup.mesh.size
-    number, size = EVIDENCE[0], devices * -(-EVIDENCE[1] // devices)
     images = train.batches(
         setup.train,
-        size,
+        devices * -(-SMALL_BATCH // devices),
         setup.mesh,
         seed=setup.config.seed,
         start=0,
-        stop=number if criterion in criteria.ON_DATA else 0,
+        stop=criteria.BATCHES if criterion in criteria.ON_DATA else 0,
     )
     loss = train.make_loss(model, setup.preprocessing, setup.mesh)
     return criteria.Evidence(loss, tuple(images), setup.config.seed)

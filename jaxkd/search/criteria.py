@@ -31,6 +31,8 @@ from jaxkd.search import gates as gating
 
 Scores = dict[str, np.ndarray]
 
+# Batches that are enough for the criteria that look at data.
+BATCHES = 32
 # Ranks become scores e^(STEEPNESS · rank), so that of two units whose ranks differ by more than a
 # few per cent the lower goes first, whatever their prices. The largest is still far from overflow.
 STEEPNESS = 600.0

@@ -24,8 +24,6 @@ from jaxkd.search import select as selecting
 
 # Rounds of control on the way down to the budget, and how much of the way λ looks ahead.
 ROUNDS, LOOKAHEAD = 60, 0.2
-# Batches by which `learn_structure` judges what channels are worth at the start.
-EVIDENCE = 32
 
 
 class Course(NamedTuple):
@@ -459,7 +457,7 @@ def learn_structure(
 
     source = iter(batches)
     if worth is None:
-        begin = list(itertools.islice(source, min(steps, EVIDENCE)))
+        begin = list(itertools.islice(source, min(steps, criteria.BATCHES)))
         source = itertools.chain(begin, source)
         evidence = criteria.Evidence(lambda *args: value_and_changed(*args)[0], begin)
         worth = criteria.fisher(graph, variables, evidence) if begin else None

@@ -27,6 +27,7 @@ def prune(
     criterion: str = 'l1',
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    min_keep: float | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
     batches: Iterable[Any] = (),
     seed: int = 0,
@@ -45,6 +46,8 @@ def prune(
         look at the variables alone; 'taylor', 'group_taylor', 'activation' and 'sensitivity' need
         `loss` and `batches`.
       blocks, round_to: see `jaxkd.select`.
+      min_keep: of every group to which no block gives another, a float is a share; by default an
+        eighth of what a network as narrow everywhere would keep; see `jaxkd.search.select.floor`.
       loss: `loss(variables, batch)`, the mean loss of a batch as a scalar that JAX can
         differentiate, with the model in its evaluation mode.
       batches: some batches of data, whatever `loss` takes.
@@ -71,5 +74,7 @@ def prune(
     graph = blocking.measured(graph, latency, blocks)
     evidence = criteria.Evidence(loss, tuple(batches), seed)
     scores = criteria.CRITERIA[criterion](graph, variables, evidence)
-    keep = selecting.select(graph, scores, **asked, blocks=blocks, round_to=round_to)
+    within = {**asked, 'blocks': blocks, 'round_to': round_to}
+    least = selecting.floor(graph, min_keep, scores=scores, **within)
+    keep = selecting.select(graph, scores, min_keep=least, **within)
     return cut.compact(graph, variables, keep)

@@ -34,6 +34,7 @@ def cut_down(
     *,
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    min_keep: float | None = None,
 ) -> dict[str, np.ndarray]:
     """What to keep of what is left.
 
@@ -46,6 +47,7 @@ def cut_down(
       progress: in (0, 1]; see `control.schedule`. At 1 all budgets hold. Those of blocks hold from
         the first round.
       blocks, round_to: see `select`.
+      min_keep: see `select.floor`.
 
     Raises:
       GraphError: if the network hangs together differently after it was cut.
@@ -66,10 +68,12 @@ def cut_down(
             )
         scores[name] = np.zeros(len(keep[name]))
         scores[name][keep[name]] = score
-    shares = {
-        budget.resource: control.schedule(progress, budget.most / budget.full)
-        for budget in budgets
-        if not budget.block
-    }
-    chosen = selecting.select(graph, scores, **shares, blocks=blocks, round_to=round_to)
+    goals = {b.resource: b.most / b.full for b in budgets if not b.block}
+    least = selecting.floor(
+        graph, min_keep, scores=scores, blocks=blocks, round_to=round_to, **goals
+    )
+    shares = {resource: control.schedule(progress, goal) for resource, goal in goals.items()}
+    chosen = selecting.select(
+        graph, scores, **shares, blocks=blocks, round_to=round_to, min_keep=least
+    )
     return {name: units & keep[name] for name, units in chosen.items()}

@@ -127,17 +127,19 @@ def floor(
     graph: Graph,
     asked: float | None = None,
     *,
+    scores: Mapping[str, np.ndarray] | None = None,
     blocks: blocking.Blocks = (),
     round_to: int = 1,
     **budget: float | None,
 ) -> float:
-    """What a search keeps of every group: a `min_keep` for `select` that the budgets allow.
+    """What is kept of every group: a `min_keep` for `select` that the budgets allow.
 
     It is what was `asked` for. By default it is an eighth of the width at which a network that is
     as narrow everywhere meets the budgets, with FLOPs and parameters going as the square of the
     width: so much that layers far narrower than the others still let something through, and little
     enough that a stage of no use can go almost whole (benchmarks/results/ablation.json). One unit
-    where the budgets cannot be met with that.
+    where the budgets cannot be met with that. Groups without `scores` are kept whole; without any,
+    those that are frozen are.
 
     Raises:
       BudgetError: where they cannot be met at all, or not with what was asked for.
@@ -145,7 +147,8 @@ def floor(
     budgets = blocking.budgets(graph, blocks, **budget)
     squares = ('flops', 'params')
     widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
-    scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
+    if scores is None:
+        scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
     reach = functools.partial(select, graph, scores, blocks=blocks, round_to=round_to, **budget)
     if asked is None:
         least = min(widths, default=0.0) / 8

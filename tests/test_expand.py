@@ -1,5 +1,6 @@
 """Widened networks: their weights by hand, what they compute, what they cost, how wide they get."""
 
+import functools
 import json
 import math
 
@@ -43,8 +44,11 @@ def assert_widened(graph, variables, copies, tolerance=1e-4):
     complete = widen.complete(graph, copies)
     masked = jaxkd.mask(graph, variables, {name: n > 0 for name, n in complete.items()})
     x = [images_for(leaf) for leaf in graph.inputs]
-    expected = graph.model.apply(masked, *x, **graph.apply_kwargs)
-    assert_same(expected, small.module.apply(small.variables, *x, **graph.apply_kwargs), tolerance)
+    expected, found = (
+        jax.jit(functools.partial(module.apply, **graph.apply_kwargs))(weights, *x)
+        for module, weights in ((graph.model, masked), (small.module, small.variables))
+    )
+    assert_same(expected, found, tolerance)
     again = jaxkd.trace(small.module, small.variables, *graph.inputs, **graph.apply_kwargs)
     cost = again.cost()
     assert small.structure.compact == {r: getattr(cost, r) for r in small.structure.compact}

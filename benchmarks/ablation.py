@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import shutil
 import statistics
 import subprocess
@@ -45,6 +46,8 @@ SETTING = [
     '--config.checkpoint_seconds=600.0',
 ]
 EVERY_BLOCK = tuple((f'block{i}/', {'budget': {'flops': 0.2}}) for i in range(17))
+# The preset's learning rate is for 27 times as many steps.
+GENTLY = ['--config.distil.learning_rate=0.01']
 PLAIN = 'as it is'
 VARIANTS = {
     PLAIN: [],
@@ -59,6 +62,14 @@ VARIANTS = {
     **{name: [f'--config.search.method={name}'] for name in criteria.CRITERIA},
     'groups of any width': ['--config.search.min_keep=0.01'],
     'recalibrated': ['--config.distil.recalibrate=100'],
+    'distilled gently': GENTLY,
+    'distilled gently, group_taylor': [*GENTLY, '--config.search.method=group_taylor'],
+    'distilled gently, 0.07 of the FLOPs': [*GENTLY, '--config.budget.flops=0.07'],
+    'distilled gently, 0.07 of the FLOPs, group_taylor': [
+        *GENTLY,
+        '--config.budget.flops=0.07',
+        '--config.search.method=group_taylor',
+    ],
 }
 
 
@@ -85,7 +96,8 @@ def main() -> None:
 
     def run(name: str, seed: int) -> dict:
         folder, first = (
-            arguments.workdir / f'{variant.replace(" ", "_")}-{seed}' for variant in (name, PLAIN)
+            arguments.workdir / f'{re.sub("[^a-z0-9]+", "_", variant)}-{seed}'
+            for variant in (name, PLAIN)
         )
         if first != folder and not folder.exists() and first.exists():
             shutil.copytree(first / 'teacher', folder / 'teacher')

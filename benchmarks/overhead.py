@@ -7,15 +7,22 @@ and all, nothing cut), of plain training, and of the teacher's forward pass alon
 medians. A turn is as many steps as the config's search makes from one round of control to the next.
 
 Stages, with configs/mbv2.py:fashion_mnist on a part of its training images: search and distillation
-under each budget against training the teacher for as many epochs, compilation included, one after
-the other. The data set has to be prepared (see the README).
+at half of the multiply-adds against training the teacher once more for as many epochs. They are
+processes of their own that take turns of some seconds, one stopped while the other runs, so that a
+machine whose speed changes is as fast for both. All that a stage does counts: compilation,
+validation, checkpoints, the teacher's forward pass. The data set has to be prepared (see the
+README).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from multiprocessing import connection
+import os
 import pathlib
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -29,8 +36,8 @@ from configs import mbv2
 from jaxkd import cpu, data, loop, pipeline, train
 from jaxkd.search import learn, penalty
 
-# Of which the stages are timed at half of the full network's.
-BUDGETS = ('flops', 'latency')
+# Seconds of a turn.
+TURN = 5.0
 
 
 def main() -> None:
@@ -51,13 +58,9 @@ def main() -> None:
     if arguments.stages:
         config = mbv2.get_config('fashion_mnist')
         config.data.labels = report['images'] = arguments.images
-        report['seconds'] = stages(config)
-        plain = report['seconds']['plain']
-        report['search + distillation / plain'] = {
-            budget: round(sum(seconds.values()) / plain, 3)
-            for budget, seconds in report['seconds'].items()
-            if budget != 'plain'
-        }
+        report['seconds'] = seconds = stages(config)
+        ratio = (seconds['search'] + seconds['distil']) / seconds['plain']
+        report['search + distillation / plain'] = round(ratio, 3)
     machine.write_report(arguments.out, report)
     for name, value in report.items():
         print(f'{name}: {value}')
@@ -117,21 +120,65 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
     return {name: round(1000 * statistics.median(times[2:]), 2) for name, times in taken.items()}
 
 
-def stages(config: Any) -> dict[str, Any]:
-    """Seconds of the teacher's training, and of search and distillation by budget."""
-    seconds: dict[str, Any] = {}
+def stages(config: Any) -> dict[str, float]:
+    """Seconds of plain training, search and distillation; see the top."""
     config.teacher.epochs = config.search.epochs + config.distil.epochs
     with tempfile.TemporaryDirectory() as name:
-        for resource in BUDGETS:
-            folder, first = (pathlib.Path(name) / part for part in (resource, BUDGETS[0]))
-            config.budget.update({'flops': 1.0, resource: 0.5})
-            if folder != first:
-                shutil.copytree(first / 'teacher', folder / 'teacher')
-            found = pipeline.run(config, folder)['seconds']
-            seconds['plain'] = round(found['teacher'], 1)
-            taken = {stage: round(found[stage], 1) for stage in ('search', 'distil')}
-            seconds[f'half of the {resource}'] = taken
-    return seconds
+        first, again, compact = (
+            pathlib.Path(name) / part for part in ('first', 'again', 'compact')
+        )
+        _in_turns(config, {first: ['plain']})
+        shutil.copytree(first / 'teacher', compact / 'teacher')
+        return _in_turns(config, {again: ['plain'], compact: ['search', 'distil']})
+
+
+def _in_turns(config: Any, works: dict[pathlib.Path, list[str]]) -> dict[str, float]:
+    """Trains in several workdirs, one process at a time; the seconds that each stage had."""
+    context = multiprocessing.get_context('spawn')
+    processes, left = {}, {}
+    for folder, names in works.items():
+        here, there = context.Pipe(duplex=False)
+        processes[here] = context.Process(target=_train, args=(config, folder, names, there))
+        processes[here].start()
+        there.close()
+        here.recv()  # it is ready, and has stopped
+        left[here] = list(names)
+    seconds = dict.fromkeys((name for names in works.values() for name in names), 0.0)
+    while left:
+        for here, names in list(left.items()):
+            os.kill(processes[here].pid, signal.SIGCONT)
+            began, end = time.perf_counter(), time.perf_counter() + TURN
+            while names and (now := time.perf_counter()) < end:
+                done = here.poll(end - now)
+                seconds[names[0]] += time.perf_counter() - began
+                began = time.perf_counter()
+                if done and here.recv() == names[0]:
+                    del names[0]
+            if names:
+                os.kill(processes[here].pid, signal.SIGSTOP)
+            else:
+                processes[here].join()
+                del left[here]
+    return {name: round(taken, 1) for name, taken in seconds.items()}
+
+
+def _train(
+    config: Any, workdir: pathlib.Path, names: list[str], there: connection.Connection
+) -> None:
+    """Plain training, or search and distillation; says so when one of them is done."""
+    plan = pipeline.make_plan(config)
+    with pipeline.prepared(config, workdir, plan) as setup:
+        teacher = None if names == ['plain'] else pipeline.learn_teacher(setup, plan)
+        there.send('ready')
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if teacher is None:
+            pipeline.learn_teacher(setup, plan)
+            there.send('plain')
+            return
+        found, _ = pipeline.find_structure(setup, plan, teacher)
+        there.send('search')
+        pipeline.distil(setup, plan, teacher, found)
+        there.send('distil')
 
 
 if __name__ == '__main__':

@@ -95,10 +95,8 @@ def main() -> None:
     }
 
     def run(name: str, seed: int) -> dict:
-        folder, first = (
-            arguments.workdir / f'{re.sub("[^a-z0-9]+", "_", variant)}-{seed}'
-            for variant in (name, PLAIN)
-        )
+        names = ('_'.join(re.findall(r'\w+', variant)) for variant in (name, PLAIN))
+        folder, first = (arguments.workdir / f'{words}-{seed}' for words in names)
         if first != folder and not folder.exists() and first.exists():
             shutil.copytree(first / 'teacher', folder / 'teacher')
         own = free.get()

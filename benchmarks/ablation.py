@@ -61,6 +61,10 @@ VARIANTS = {
     'cut while searching': ['--config.search.shrink=0.7'],
     **{name: [f'--config.search.method={name}'] for name in criteria.CRITERIA},
     'groups of any width': ['--config.search.min_keep=0.01'],
+    'fisher, groups of any width': [
+        '--config.search.method=fisher',
+        '--config.search.min_keep=0.0001',
+    ],
     'recalibrated': ['--config.distil.recalibrate=100'],
     'distilled gently': GENTLY,
     'distilled gently, group_taylor': [*GENTLY, '--config.search.method=group_taylor'],

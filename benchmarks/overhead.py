@@ -141,24 +141,31 @@ def _in_turns(config: Any, works: dict[pathlib.Path, list[str]]) -> dict[str, fl
         processes[here] = context.Process(target=_train, args=(config, folder, names, there))
         processes[here].start()
         there.close()
-        here.recv()  # it is ready, and has stopped
+        here.recv()  # it is ready, and will stop
+        os.waitpid(processes[here].pid, os.WUNTRACED)
         left[here] = list(names)
     seconds = dict.fromkeys((name for names in works.values() for name in names), 0.0)
-    while left:
-        for here, names in list(left.items()):
-            os.kill(processes[here].pid, signal.SIGCONT)
-            began, end = time.perf_counter(), time.perf_counter() + TURN
-            while names and (now := time.perf_counter()) < end:
-                done = here.poll(end - now)
-                seconds[names[0]] += time.perf_counter() - began
+    try:
+        while left:
+            for here, names in list(left.items()):
+                os.kill(processes[here].pid, signal.SIGCONT)
                 began = time.perf_counter()
-                if done and here.recv() == names[0]:
-                    del names[0]
-            if names:
-                os.kill(processes[here].pid, signal.SIGSTOP)
-            else:
-                processes[here].join()
-                del left[here]
+                end = began + TURN
+                while names and began < end:
+                    done = here.poll(end - began)
+                    now = time.perf_counter()
+                    seconds[names[0]] += now - began
+                    began = now
+                    if done and here.recv() == names[0]:
+                        del names[0]
+                if names:
+                    os.kill(processes[here].pid, signal.SIGSTOP)
+                else:
+                    processes[here].join()
+                    del left[here]
+    finally:
+        for here in left:
+            processes[here].kill()
     return {name: round(taken, 1) for name, taken in seconds.items()}
 
 

@@ -15,7 +15,7 @@ from sklearn import datasets
 
 import jaxkd
 from jaxkd import distill
-from jaxkd.search import criteria, gates, learn, penalty
+from jaxkd.search import control, criteria, gates, learn, penalty
 
 STEPS = 150
 
@@ -389,3 +389,25 @@ def test_what_cannot_be_searched_is_refused(teacher):
         learn(MODEL, teacher, [], flops=0.3, min_keep=0.9)  # before a batch is taken
     with pytest.raises(jaxkd.TrainingError, match='lower the learning rate'):
         learn(MODEL, teacher, batches(), flops=0.5, learning_rate=1e30)
+
+
+def test_open_gates_make_room_where_they_are_in_the_way():
+    """Two groups of few channels: 32 and 41 are open, and one more would be over the budget."""
+
+    def body(x):
+        for features in (32, 64):
+            x = nn.relu(nn.BatchNorm(True)(nets.conv(features)(x)))
+        return nn.Dense(10)((x + nn.BatchNorm(True)(nets.conv(64)(x))).mean((1, 2)))
+
+    model = nets.Net(body)
+    variables = nets.variables_of(model, IMAGES)
+    graph = jaxkd.trace(model, variables, IMAGES)
+    course = learn.course(graph, steps=10, learning_rate=0.1, flops=0.5)
+    whole = learn.body(course, graph.keep_all())
+    memory = learn.first(whole, variables['params'])
+    open_ = nets.keep_first(Conv_0=(32, 32), Conv_1=(41, 64))
+    closed = {name: ~open_.get(name, ~units) for name, units in memory.closed.items()}
+    memory = memory._replace(closed=closed)
+    assert graph.cost(control.alive(graph, memory)).flops / graph.cost().flops < 0.495
+    keep = learn.choose(whole, variables['params'], memory)
+    assert 0.495 <= graph.cost(keep).flops / graph.cost().flops <= 0.5

@@ -242,14 +242,22 @@ def strength(body: Body, memory: control.State) -> dict[str, np.ndarray]:
 def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarray]:
     """The structure that was found: the units whose gates are open, as far as the budgets allow.
 
-    What they leave over of a budget is used up by others.
+    What they leave over of a budget is used up by others, if need be in the place of some of them.
     """
     course = body.course
-    alive = control.alive(course.graph, memory)
-    cost = course.graph.cost(alive)
-    within = all(budget.share(cost) * budget.full <= budget.most for budget in course.budgets)
     scores = control.valued(memory, efforts(body, params))
-    return course.select(scores, held=alive if within else None)
+
+    def used(keep: Keep) -> float:
+        """The share of the budget that is used up most."""
+        cost = course.graph.cost(keep)
+        return max(b.share(cost) * b.full / b.most for b in course.budgets)
+
+    alive = control.alive(course.graph, memory)
+    if not course.budgets or used(alive) > 1:
+        return course.select(scores)
+    keep = course.select(scores, held=alive)
+    # In a network of few channels, those that are open can leave no room for any other.
+    return keep if used(keep) >= selecting.FULL else max(keep, course.select(scores), key=used)
 
 
 class Search:

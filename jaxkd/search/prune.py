@@ -43,8 +43,8 @@ def prune(
         network is measured on the present device, at batch size 1; see `jaxkd.with_latency`.
       criterion: how much a channel matters, a name from `jaxkd.search.criteria.CRITERIA`, where
         each says what it computes. 'random', 'uniform', 'l1', 'l2', 'bn_scale', 'fpgm' and 'lamp'
-        look at the variables alone; 'taylor', 'group_taylor', 'activation' and 'sensitivity' need
-        `loss` and `batches`.
+        look at the variables alone; 'taylor', 'group_taylor', 'fisher', 'activation' and
+        'sensitivity' need `loss` and `batches`.
       blocks, round_to: see `jaxkd.select`.
       min_keep: of every group to which no block gives another, a float is a share; by default an
         eighth of what a network as narrow everywhere would keep; see `jaxkd.search.select.floor`.

@@ -136,16 +136,16 @@ def _in_turns(config: Any, works: dict[pathlib.Path, list[str]]) -> dict[str, fl
     """Trains in several workdirs, one process at a time; the seconds that each stage had."""
     context = multiprocessing.get_context('spawn')
     processes, left = {}, {}
-    for folder, names in works.items():
-        here, there = context.Pipe(duplex=False)
-        processes[here] = context.Process(target=_train, args=(config, folder, names, there))
-        processes[here].start()
-        there.close()
-        here.recv()  # it is ready, and will stop
-        os.waitpid(processes[here].pid, os.WUNTRACED)
-        left[here] = list(names)
     seconds = dict.fromkeys((name for names in works.values() for name in names), 0.0)
     try:
+        for folder, names in works.items():
+            here, there = context.Pipe(duplex=False)
+            processes[here] = context.Process(target=_train, args=(config, folder, names, there))
+            processes[here].start()
+            there.close()
+            left[here] = list(names)
+            here.recv()  # it is ready, and will stop
+            os.waitpid(processes[here].pid, os.WUNTRACED)
         while left:
             for here, names in list(left.items()):
                 os.kill(processes[here].pid, signal.SIGCONT)

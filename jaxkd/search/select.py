@@ -98,29 +98,11 @@ def select(
         budget.
       ConfigError: for scores, budgets or a rounding that cannot be.
     """
-    check_round_to(round_to)
-    limits = blocking.resolve(graph, blocks, min_keep)
-    for name, units in (held or {}).items():
-        least = max(limits[name].least, int(units.sum()))
-        limits[name] = dataclasses.replace(limits[name], least=least)
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
     )
-    best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
-
-    def keep(counts: Sequence[int]) -> dict[str, np.ndarray]:
-        result = graph.keep_all()
-        for (name, alive), number in zip(result.items(), counts, strict=True):
-            alive[best[name][number:]] = False
-        return result
-
-    problem = _problem(graph, scores, best, limits, budgets, round_to)
-    least = [counts[0] for counts in problem.counts]
-    blocking.check_reachable(graph, limits, budgets, keep(least))
-    levels = solve(problem)
-    return graph.complete(
-        keep([counts[level] for counts, level in zip(problem.counts, levels, strict=True)])
-    )
+    problem, best = _pose(graph, scores, budgets, blocks, round_to, min_keep, held)
+    return graph.complete(_kept(problem, best, solve(problem)))
 
 
 def floor(
@@ -149,16 +131,16 @@ def floor(
     widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
     if scores is None:
         scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
-    reach = functools.partial(select, graph, scores, blocks=blocks, round_to=round_to, **budget)
+    pose = functools.partial(_pose, graph, scores, budgets, blocks, round_to)
     if asked is None:
         least = min(widths, default=0.0) / 8
         try:
-            reach(min_keep=least)
+            pose(least)
         except errors.BudgetError:
             asked = 1
         else:
             return least
-    reach(min_keep=asked)
+    pose(asked)
     return asked
 
 
@@ -179,6 +161,43 @@ def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarra
         why = f'it must be {size} finite numbers ≥ 0, one for each unit of the group'
         raise errors.ConfigError(f'scores[{name!r}]', score, why=why)
     return np.argsort(-score, kind='stable')
+
+
+def _pose(
+    graph: Graph,
+    scores: Mapping[str, np.ndarray],
+    budgets: Sequence[blocking.Budget],
+    blocks: blocking.Blocks,
+    round_to: int,
+    min_keep: float,
+    held: Keep | None = None,
+) -> tuple[Problem, dict[str, np.ndarray]]:
+    """The problem that these limits make, and the units of each group, best first.
+
+    Raises:
+      BudgetError: if it has no solution.
+    """
+    check_round_to(round_to)
+    limits = blocking.resolve(graph, blocks, min_keep)
+    for name, units in (held or {}).items():
+        least = max(limits[name].least, int(units.sum()))
+        limits[name] = dataclasses.replace(limits[name], least=least)
+    best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
+    problem = _problem(graph, scores, best, limits, budgets, round_to)
+    least_levels = np.zeros(len(best), int)
+    blocking.check_reachable(graph, limits, budgets, _kept(problem, best, least_levels))
+    return problem, best
+
+
+def _kept(
+    problem: Problem, best: Mapping[str, np.ndarray], levels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The keep that a level of each group makes."""
+    keep = {}
+    for (name, order), counts, level in zip(best.items(), problem.counts, levels, strict=True):
+        keep[name] = np.zeros(len(order), bool)
+        keep[name][order[: counts[level]]] = True
+    return keep
 
 
 def _problem(

@@ -46,10 +46,15 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactMode
     tree, metadata = checkpoint.read(path)
     if metadata.get('kind') != _KIND:
         raise errors.CheckpointError(path, 'holds no compact model; jaxkd.save writes them')
-    found = Structure.from_json(metadata['structure'])
-    if model is None:
-        model = _registered(path, found)
-    return CompactModel(structure.module(model, found), jax.tree.map(np.asarray, tree), found)
+    try:
+        found = Structure.from_json(metadata['structure'])
+        if model is None:
+            model = _registered(path, found)
+        module = structure.module(model, found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f'its structure is none that jaxkd.save writes ({type(error).__name__}: {error})'
+        raise errors.CheckpointError(path, why) from error
+    return CompactModel(module, jax.tree.map(np.asarray, tree), found)
 
 
 def _registered(path: str | os.PathLike, found: Structure) -> nn.Module:

@@ -63,6 +63,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             'log_every': 20,  # steps
             'checkpoint_seconds': 20.0,
+            'wandb': config_dict.placeholder(str),  # a project of Weights & Biases to draw in too
         }
     )
     stage = {

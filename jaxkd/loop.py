@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, errors, train, watch
+from jaxkd import checkpoint, device, errors, train, watch
 from jaxkd.graph.trace import Keep
 
 
@@ -28,6 +28,7 @@ class Setup(NamedTuple):
       train, validation: the examples.
       preprocessing: how images become inputs.
       log, display: where metrics go.
+      profile: whether to write a trace of some steps of each stage.
     """
 
     config: ml_collections.ConfigDict
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     preprocessing: train.Preprocessing
     log: watch.MetricsLog
     display: watch.Display
+    profile: bool = False
 
 
 class Network(NamedTuple):
@@ -118,6 +120,7 @@ def fit(
     config = settings(setup.config, name)
     steps, rate = schedule(setup, name)
     folder = setup.workdir / name
+    compiled = device.compile_seconds()
     teacher_model, teacher_variables = teacher or (None, {})
 
     def optimizer(network: Network) -> optax.GradientTransformationExtraArgs:
@@ -194,9 +197,14 @@ def fit(
         began = time.monotonic()
         if start == 0:  # what it begins with, which tells what the stage before has left
             setup.log.write({'stage': name, 'step': 0, 'epoch': 0.0, **facts(memory), **validate()})
-        logged = saved = time.monotonic()
+        saved = time.monotonic()
         pending: list[dict[str, jax.Array]] = []
         extra: Mapping[str, Any] = {}
+        stopwatch = watch.Stopwatch()
+        batches = stopwatch.waiting(batches)
+        if setup.profile:
+            traces = setup.workdir / 'profile' / name
+            batches = watch.profiled(batches, traces, lambda: jax.block_until_ready(state))
         for step, batch in enumerate(batches, start + 1):
             if steer:
                 memory, extra = steer(step - 1, state, memory)
@@ -206,7 +214,11 @@ def fit(
                     keep = kept(memory)
                     current = network(keep)
                     train_step, eval_step = steps_of(current)
-            state, metrics = train_step(state, batch, teacher_variables, extra)
+            with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                state, metrics = train_step(state, batch, teacher_variables, extra)
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                setup.display.first_step(name, device.compile_seconds() - compiled)
             pending.append(metrics)
             end_of_epoch = step % per_epoch == 0 or step == steps
             if not end_of_epoch and step % setup.config.log_every:
@@ -219,7 +231,6 @@ def fit(
                     f'kept in {folder}. Lower config.{part(name)}.learning_rate, now '
                     f'{config.learning_rate:g}, and start again in another workdir'
                 )
-            speed = len(pending) * config.batch_size / (time.monotonic() - logged)
             row = {
                 'stage': name,
                 'step': step,
@@ -227,17 +238,18 @@ def fit(
                 **means,
                 **facts(memory),
                 'learning_rate': float(rate(step - 1)),
-                'examples_per_second': speed,
+                **stopwatch.read(len(pending), len(pending) * config.batch_size),
             }
             if end_of_epoch:
                 row |= validate()
             setup.log.write(row)
-            hidden = ('stage', 'step', 'learning_rate', 'share_', 'lambda_')
+            hidden = ('stage', 'step', 'learning_rate', 'share_', 'lambda_', *watch.UNSHOWN)
             shown = {k: v for k, v in row.items() if not k.startswith(hidden)}
             setup.display.update(name, step, **shown)
-            pending, logged = [], time.monotonic()
-            if logged - saved >= setup.config.checkpoint_seconds and step < steps:
-                metadata = {'seconds': elapsed + logged - began}
+            stopwatch.start()
+            pending, now = [], time.monotonic()
+            if now - saved >= setup.config.checkpoint_seconds and step < steps:
+                metadata = {'seconds': elapsed + now - began}
                 stage.save(step, checkpoint.to_tree({'state': state, 'memory': memory}), metadata)
                 saved = time.monotonic()
 

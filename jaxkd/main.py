@@ -23,6 +23,13 @@ _WORKDIR = flags.DEFINE_string(
     'Default: runs/NAME-OF-THE-DATA.',
 )
 
+_PROFILE = flags.DEFINE_bool(
+    'profile',
+    False,
+    "Write a profiler's trace of a few steps of each stage to profile/ in the workdir, for "
+    'TensorBoard or https://ui.perfetto.dev.',
+)
+
 
 def main(arguments: list[str]) -> int:
     """Runs the pipeline. Exit status: 0 done, 1 failed on the way, 2 refused at the start."""
@@ -33,14 +40,16 @@ def main(arguments: list[str]) -> int:
         print('jaxkd: say what to do, such as --config=configs/mbv2.py', file=sys.stderr)
         return 2
     absl_logging.set_verbosity(absl_logging.WARNING)
-    from jaxkd import cpu, errors, pipeline, watch  # JAX is slow to import: not for --help
+    # JAX is slow to import: not for --help.
+    from jaxkd import cpu, device, errors, pipeline, watch
 
     cpu.hold_memory()
+    device.keep_compiled()
     config = _CONFIG.value
     workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
     finished = os.path.exists(os.path.join(workdir, 'report.json'))
     try:
-        report = pipeline.run(config, workdir)
+        report = pipeline.run(config, workdir, profile=_PROFILE.value)
     except (errors.ConfigError, errors.BudgetError) as error:
         print(f'jaxkd: {error}', file=sys.stderr)
         return 2

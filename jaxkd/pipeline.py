@@ -92,12 +92,15 @@ class Aim(NamedTuple):
     blocks: blocking.Blocks
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, profile: bool = False
+) -> dict[str, Any]:
     """Learns a compact structure and its weights; the report.
 
     Args:
       config: as `configs/mbv2.py` makes it.
       workdir: where everything is kept; made if missing, continued if it holds a stopped run.
+      profile: whether to write a profiler's trace of a few steps of each stage to its `profile/`.
 
     Raises:
       JaxkdError: with one sentence, for whatever the user can set right.
@@ -107,7 +110,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
     if report_before:
         return report_before
     plan = make_plan(config)
-    with prepared(config, workdir, plan) as setup:
+    with prepared(config, workdir, plan, profile=profile) as setup:
         teacher = learn_teacher(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)
         small = distil(setup, plan, teacher, found)
@@ -117,7 +120,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[s
 
 @contextlib.contextmanager
 def prepared(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, plan: Plan
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, plan: Plan, *, profile: bool = False
 ) -> Iterator[loop.Setup]:
     """The data on the devices, the workdir claimed, the log and the display open."""
     mesh = train.make_mesh()
@@ -137,9 +140,12 @@ def prepared(
         for name, weight in weights.items()
     ]
     full = plan.graph.cost()
+    boards = [watch.tensorboard]
+    if config.wandb:
+        boards.append(watch.wandb(config.wandb, records.record(config), tuple(weights)))
     records.claim(workdir, config)
     with (
-        watch.MetricsLog(workdir) as log,
+        watch.MetricsLog(workdir, boards) as log,
         watch.Display(
             lengths, full={'alive_flops': full.flops, 'alive_params': full.params}
         ) as display,
@@ -156,6 +162,7 @@ def prepared(
             ),
             log=log,
             display=display,
+            profile=profile,
         )
 
 
@@ -279,11 +286,13 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     """
     image = jnp.zeros(plan.graph.inputs[0].shape)
     init = jax.jit(lambda key: plan.model.init(key, image, train=False))
+    start = init(jax.random.key(setup.config.seed))
+    setup.display.message(watch.overview('teacher', start, setup.workdir))
     state, _ = loop.fit(
         setup,
         'teacher',
         lambda _: loop.Network(plan.model),
-        init(jax.random.key(setup.config.seed)),
+        start,
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
     )
@@ -511,6 +520,7 @@ def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Ev
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:
     """Trains the compact network on, or from scratch, under the same teacher."""
     config = setup.config.distil
+    setup.display.message(watch.overview('student', small.variables, setup.workdir))
     start = small.variables
     if config.init == 'scratch':
         image = jnp.zeros(plan.graph.inputs[0].shape)

@@ -12,7 +12,7 @@ with MetricsLog(workdir) as log, Display([('teacher', 400), ('search', 400, 1.3)
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import errno
 import io
 import json
@@ -21,33 +21,55 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
+import uuid
 
+from clu import parameter_overview
+import jax
 import rich.console
 import rich.live
 import rich.progress_bar
 import rich.table
 import rich.text
 
+from jaxkd import device
 from jaxkd.errors import CheckpointError, ConfigError
+from jaxkd.workdir import write_json
 
 # Metrics on disk
 
 
+class Board(Protocol):
+    """Where the numbers of rows are drawn while a run goes on."""
+
+    def add(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# Opens a board for the run in a workdir, of which these rows have been written before.
+OpenBoard = Callable[[pathlib.Path, Sequence[Mapping[str, Any]]], Board]
+
+
 class MetricsLog:
-    """Rows of metrics in `workdir/metrics.jsonl`, and their numbers in TensorBoard event files.
+    """Rows of metrics in `workdir/metrics.jsonl`, and their numbers on boards.
 
     A context manager. The JSON lines are the record: each row is on disk when `write` returns, and
-    a last line that a kill left half written is taken away on opening. The event files are made
-    from them, anew when a run goes on (with the time of that moment; steps are what they were).
+    a last line that a kill left half written is taken away on opening. The boards are opened with
+    what is on record, when the first row is written and when rows were taken back.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
+    def __init__(self, workdir: str | os.PathLike, boards: Sequence[OpenBoard] | None = None):
         """Makes `workdir` where it is missing.
+
+        Args:
+          workdir: of the run.
+          boards: `tensorboard`, by default, and others like it.
 
         Raises:
           CheckpointError: when a row that is already there is damaged.
         """
+        self._openers = (tensorboard,) if boards is None else tuple(boards)
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._path = self._workdir / 'metrics.jsonl'
@@ -57,16 +79,16 @@ class MetricsLog:
             if content.count(b'\n') != len(rows) or not content.endswith(b'\n'):
                 _rewrite(self._path, rows)
         self._file: io.FileIO | None = None
-        self._events: Any = None
+        self._boards: list[Board] | None = None
 
     def __enter__(self) -> MetricsLog:
         self._file = open(self._path, 'ab', buffering=0)  # noqa: SIM115 (closed in __exit__)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        for board in self._boards or ():
+            board.close()
+        self._boards = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -87,12 +109,17 @@ class MetricsLog:
             raise ValueError(f"a row needs 'stage', a text, and 'step', a whole number; got {row}")
         if self._file is None:
             raise ValueError('a MetricsLog is written inside its with statement')
-        if self._events is None:
-            self._events = _make_events(self._workdir, read_metrics(self._workdir))
+        if self._boards is None:
+            self._open_boards()
         line = (json.dumps(row, allow_nan=False) + '\n').encode()
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        _add_events(self._events, row)
+        for board in self._boards:
+            board.add(row)
+
+    def _open_boards(self) -> None:
+        rows = read_metrics(self._workdir)
+        self._boards = [open_board(self._workdir, rows) for open_board in self._openers]
 
     def rewind(self, stage: str, step: int, *, later: Sequence[str] = ()) -> None:
         """Forgets what comes after a step: a resumed run leaves the rows of an unkilled one.
@@ -113,9 +140,11 @@ class MetricsLog:
         opened = self._file is not None
         self.__exit__()
         _rewrite(self._path, kept)
-        _make_events(self._workdir, kept).close()
+        self._open_boards()
         if opened:
             self.__enter__()
+        else:
+            self.__exit__()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -174,27 +203,183 @@ def _plain(key: str, value: Any) -> Any:
 _EVENTS_SUFFIX = '.jaxkd'  # tells these event files from other people's
 
 
-def _make_events(workdir: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> Any:
-    """A writer of TensorBoard events that has written `rows`; earlier runs' files are removed."""
+class _TensorBoard(NamedTuple):
+    writer: Any
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for key, value in _numeric(row).items():
+            self.writer.add_scalar(f'{row["stage"]}/{key}', value, row['step'])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def tensorboard(workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> Board:
+    """TensorBoard event files in the workdir, made anew from the rows (with the present time; steps
+    are what they were)."""
     import tensorboardX  # takes 0.3 s, and not all who import this module write events
 
-    earlier = list(workdir.glob(f'events.*{_EVENTS_SUFFIX}'))
     # Names contain the second. A writer that is opened within the same one would append.
-    for path in earlier:
+    for path in list(workdir.glob(f'events.*{_EVENTS_SUFFIX}')):
         path.unlink()
     writer = tensorboardX.SummaryWriter(
         str(workdir), flush_secs=10, filename_suffix=_EVENTS_SUFFIX, write_to_disk=True
     )
+    board = _TensorBoard(writer)
     for row in rows:
-        _add_events(writer, row)
+        board.add(row)
     writer.flush()
-    return writer
+    return board
 
 
-def _add_events(writer: Any, row: Mapping[str, Any]) -> None:
-    for key, value in row.items():
-        if key != 'step' and isinstance(value, (int, float)) and not isinstance(value, bool):
-            writer.add_scalar(f'{row["stage"]}/{key}', value, row['step'])
+class _WeightsAndBiases(NamedTuple):
+    run: Any
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        stage = row['stage']
+        self.run.log(
+            {f'{stage}/{key}': value for key, value in _numeric(row).items()}
+            | {f'{stage}/step': row['step']}
+        )
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def wandb(project: str, config: Mapping[str, Any], stages: Sequence[str]) -> OpenBoard:
+    """Weights & Biases, in a project of that name.
+
+    A run that goes on is the same run there, known by the id that `wandb.json` in its workdir
+    keeps; what it had drawn stays, and steps that are trained again are drawn again.
+
+    Raises:
+      ConfigError: if it is not installed.
+    """
+    try:
+        import wandb as weights_and_biases
+    except ImportError:
+        raise ConfigError('wandb', project, why='it needs `pip install wandb`') from None
+
+    def open_board(workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> Board:
+        del rows
+        known = workdir / 'wandb.json'
+        if not known.exists():
+            write_json(known, {'id': uuid.uuid4().hex[:12]})
+        run = weights_and_biases.init(
+            project=project,
+            name=workdir.name,
+            id=json.loads(known.read_text())['id'],
+            resume='allow',
+            dir=str(workdir),
+            config=dict(config),
+        )
+        for stage in stages:
+            run.define_metric(f'{stage}/step')
+            run.define_metric(f'{stage}/*', step_metric=f'{stage}/step')
+        return _WeightsAndBiases(run)
+
+    return open_board
+
+
+def _numeric(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in row.items()
+        if key != 'step' and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def overview(network: str, variables: Any, workdir: pathlib.Path) -> str:
+    """Lists a network's parameters in `network.txt` in the workdir; a line that sums them up."""
+    path = workdir / f'{network}.txt'
+    table = parameter_overview.get_parameter_overview(variables['params'], include_stats=False)
+    path.write_text(f'{table}\n')
+    leaves = jax.tree.leaves(variables['params'])
+    parameters = sum(leaf.size for leaf in leaves)
+    return f'{network}: {parameters:,} parameters in {len(leaves)} arrays, listed in {path}'
+
+
+# Speed
+
+# What a row says of the machine, and not of the training.
+PERFORMANCE = (
+    'examples_per_second',
+    'memory_bytes',
+    'step_seconds',
+    'data_seconds',
+    'compile_seconds',
+)
+UNSHOWN = PERFORMANCE[2:]  # where there is little room
+
+
+class Stopwatch:
+    """What takes time in a loop of steps, from one row of metrics to the next."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """What is read next begins now."""
+        self._began = time.monotonic()
+        self._compiled = device.compile_seconds()
+        self._waited = 0.0
+
+    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Hands on batches, and counts the time that they take to come."""
+        batches = iter(batches)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, steps: int, examples: int) -> dict[str, float]:
+        """The numbers named in `PERFORMANCE`, of so many steps with so many examples in all.
+
+        `step_seconds` and `data_seconds` are means of a step, without what compiling took.
+        """
+        compiled = device.compile_seconds() - self._compiled
+        seconds = max(time.monotonic() - self._began - compiled, 1e-9)
+        return {
+            'examples_per_second': examples / seconds,
+            'step_seconds': seconds / steps,
+            'data_seconds': self._waited / steps,
+            'compile_seconds': compiled,
+            'memory_bytes': device.memory(),
+        }
+
+
+# Steps of a stage that a profile leaves out, since the first ones compile, and those in it.
+_SKIPPED, _PROFILED = 10, 5
+
+
+def profiled(
+    batches: Iterable[Any], folder: pathlib.Path, wait: Callable[[], Any]
+) -> Iterator[Any]:
+    """Hands on batches, and writes a trace of some of the steps that take them.
+
+    Args:
+      batches: one for each step.
+      folder: for the trace, which TensorBoard's profile plugin and https://ui.perfetto.dev show.
+      wait: returns when all steps are done that were started.
+    """
+    tracing = False
+    try:
+        for number, batch in enumerate(batches):
+            if number == _SKIPPED:
+                jax.profiler.start_trace(folder)
+                tracing = True
+            elif number == _SKIPPED + _PROFILED:
+                wait()
+                jax.profiler.stop_trace()
+                tracing = False
+            yield batch
+    finally:
+        if tracing:
+            wait()
+            jax.profiler.stop_trace()
 
 
 # Progress
@@ -252,6 +437,7 @@ class Display:
         self._clock = clock
         self._speed: tuple[float, float] | None = None  # (seconds per step, weight) measured last
         self._measured = 0.0  # when the steps left were last known
+        self._ended = clock() - device.seconds_running()  # of what came before this stage
         self._shown = -math.inf  # when values were last taken or a line was printed
         self._line: tuple[str, int] | None = None  # stage and step of the last plain line
         self._live: rich.live.Live | None = None
@@ -294,7 +480,7 @@ class Display:
           step: number of steps done.
           **values: numbers by name. 'loss', 'accuracy' and others are shown as they are,
             'alive_flops', 'alive_params', 'flops', 'params' as counts or, up to 1, as fractions,
-            'examples_per_second' as a rate. None is left out.
+            'examples_per_second' as a rate, 'memory_bytes' as a size. None is left out.
         """
         now = self._stage(stage)
         if now.state != 'running':
@@ -316,11 +502,17 @@ class Display:
         if not self._terminal:
             self._print(now)
 
+    def first_step(self, stage: str, compiled: float) -> None:
+        """Says how long the first step of a stage took to come, and compiling in that."""
+        seconds = self._clock() - self._ended
+        self.message(f'{stage}: first step after {seconds:.1f} s, {compiled:.1f} s of it compiling')
+
     def finish(self, stage: str) -> None:
         """Ends a stage; one that was not begun is taken to have been done by an earlier run."""
         now = self._stage(stage)
         before = now.state != 'running'
         now.state = 'finished'
+        self._ended = self._clock()
         now.step = now.total if before else now.step
         now.values = _numbers(now.newest)
         if self._terminal:
@@ -421,6 +613,8 @@ def _word(key: str, value: Any, full: float | None) -> str:
         return f'{key} {value}'
     if key == 'examples_per_second':
         return f'{_count(value)} examples/s'
+    if key == 'memory_bytes':
+        return f'memory {_count(value)}B'
     if key in _COUNTS:
         name = key.removeprefix('alive_')
         if value <= 1:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import data, models, watch
+from jaxkd import checkpoint, data, models, watch
 from jaxkd.models import layers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,12 +32,8 @@ SHORT = [
 
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory):
-    """Killed and resumed runs compile the same programs: once is enough."""
-    return os.environ | {
-        'PYTHONPATH': str(ROOT),
-        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
-    }
+    """A cache of their own: killed and resumed runs compile the same programs."""
+    return os.environ | {'PYTHONPATH': str(ROOT), 'JAXKD_CACHE': str(tmp_path_factory.mktemp('c'))}
 
 
 def _command(workdir, *flags):
@@ -52,7 +49,7 @@ def _run(environment, workdir, *flags):
 @pytest.fixture(scope='session')
 def finished(environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('run') / 'work'
-    done = _run(environment, workdir)
+    done = _run(environment, workdir, '--profile')
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -105,6 +102,25 @@ def test_run_meets_the_budget_and_tells(finished):
     assert list(workdir.glob('events*'))
 
 
+def test_run_tells_what_takes_time(finished, environment):
+    workdir, done = finished
+    found = re.findall(r'(\w+): first step after (\S+) s, (\S+) s of it compiling', done.stderr)
+    assert [stage for stage, *_ in found] == ['teacher', 'search', 'distil']
+    assert all(0 < float(compiling) < float(seconds) for _, seconds, compiling in found)
+    for row in watch.read_metrics(workdir):
+        if row['step'] == 0:
+            continue
+        assert {'step_seconds', 'data_seconds', 'compile_seconds'} <= row.keys()
+        assert 0 <= row['data_seconds'] < row['step_seconds'] < 60
+        assert 1e7 < row['memory_bytes'] < 1e11
+    for stage in ('teacher', 'search', 'distil'):
+        assert list((workdir / 'profile' / stage).rglob('*.xplane.pb'))
+    report = json.loads((workdir / 'report.json').read_text())
+    for network, listed in (('teacher', 'teacher.txt'), ('compact', 'student.txt')):
+        assert f'Total: {report[network]["params"]:,}' in (workdir / listed).read_text()
+    assert list(pathlib.Path(environment['JAXKD_CACHE']).glob('compiled-*/jit_step-*'))
+
+
 def test_compact_model_is_what_was_reported(finished):
     workdir, _ = finished
     report = json.loads((workdir / 'report.json').read_text())
@@ -151,7 +167,7 @@ def test_killed_runs_end_in_the_same_report(finished, environment, tmp_path):
 
     def rows(directory):
         return [
-            {k: v for k, v in row.items() if k != 'examples_per_second'}
+            {k: v for k, v in row.items() if k not in watch.PERFORMANCE}
             for row in watch.read_metrics(directory)
         ]
 
@@ -346,3 +362,29 @@ def test_models_from_outside_are_handed_in(tmp_path):
     np.testing.assert_array_equal(
         again.apply(again.variables, image), small.apply(small.variables, image)
     )
+
+
+def test_a_file_runs_nothing_and_writes_nowhere(tmp_path):
+    model = models.create('vgg11_bn', num_classes=3, depths=(1, 0, 0, 0, 0), small_images=True)
+    image = np.ones((1, 32, 32, 3), np.float32)
+    variables = model.init(jax.random.key(0), image)
+    small = jaxkd.prune(model, variables, image, params=0.5)
+    jaxkd.save(tmp_path / 'in' / 'small', small)
+    tree, metadata = checkpoint.read(tmp_path / 'in' / 'small')
+    tree['params']['../../../escaped'] = {'/tmp/../..': np.ones(2)}
+    forged = tmp_path / 'in' / 'forged'
+    for change, words in (
+        ({'model': {'module': 'this', 'class': 's', 'arguments': {}}}, 'made from this:s; hand in'),
+        ({'model': {'module': 'jaxkd.models.mobilenet'}}, "KeyError: 'class'"),
+        ({'model': 'os:system'}, 'TypeError'),
+        ({'widths': ['conv']}, 'AttributeError'),
+        ({'groups': None, 'code': 'print()'}, 'TypeError'),
+    ):
+        checkpoint.write(forged, tree, metadata | {'structure': metadata['structure'] | change})
+        with pytest.raises(jaxkd.CheckpointError) as refused:
+            jaxkd.load(forged)
+        assert words in str(refused.value)
+    assert 'this' not in sys.modules
+    assert checkpoint.read(forged)[0]['params'].keys() == tree['params'].keys()
+    assert [path.name for path in tmp_path.iterdir()] == ['in']
+    assert {path.name for path in (tmp_path / 'in').iterdir()} == {'small', 'forged'}

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +112,76 @@ def test_other_damage_is_reported_not_dropped(tmp_path):
     with watch.MetricsLog(tmp_path) as log:
         log.write(row('a', 2))
     assert watch.read_metrics(tmp_path) == [row('a', 1), row('a', 1), row('a', 2)]
+
+
+class FakeRun:
+    def __init__(self, **arguments):
+        self.arguments, self.metrics, self.rows, self.finished = arguments, [], [], False
+
+    def define_metric(self, *names, **settings):
+        self.metrics.append((names, settings))
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_draws_what_is_written(tmp_path, monkeypatch):
+    runs = []
+
+    def init(**arguments):
+        runs.append(FakeRun(**arguments))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    boards = [watch.wandb('small', {'seed': 0}, ('teacher', 'search'))]
+    for step in (1, 2):  # a run, and the same one going on
+        with watch.MetricsLog(tmp_path / 'run', boards) as log:
+            log.write({**row('teacher', step), 'note': 'text'})
+    first, second = runs
+    assert first.arguments['project'] == 'small' and first.arguments['config'] == {'seed': 0}
+    assert first.arguments['id'] == second.arguments['id'] and first.finished
+    assert first.rows == [{'teacher/loss': 0.5, 'teacher/step': 1}]
+    assert second.rows == [{'teacher/loss': 0.5, 'teacher/step': 2}]
+    assert (('search/*',), {'step_metric': 'search/step'}) in first.metrics
+    assert not list((tmp_path / 'run').glob('events.*'))
+
+
+def test_weights_and_biases_has_to_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(errors.ConfigError, match='pip install wandb'):
+        watch.wandb('small', {}, ())
+
+
+def test_a_stopwatch_tells_waiting_and_compiling_from_steps(monkeypatch):
+    now, compiled = [0.0], [7.0]
+    monkeypatch.setattr(watch.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(watch.device, 'compile_seconds', lambda: compiled[0])
+    stopwatch = watch.Stopwatch()
+
+    def batches():
+        for number in range(4):
+            now[0] += 0.5
+            yield number
+
+    for number in stopwatch.waiting(batches()):
+        now[0] += 1.0
+        if number == 1:
+            now[0] += 10.0
+            compiled[0] += 10.0
+    told = stopwatch.read(4, 32)
+    assert told.pop('memory_bytes') > 1e6
+    assert told == {
+        'examples_per_second': 32 / 6,
+        'step_seconds': 1.5,
+        'data_seconds': 0.5,
+        'compile_seconds': 10.0,
+    }
+    stopwatch.start()
+    now[0] += 1.0
+    assert stopwatch.read(1, 8)['data_seconds'] == stopwatch.read(1, 8)['compile_seconds'] == 0
 
 
 # Progress

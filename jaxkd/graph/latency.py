@@ -27,7 +27,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import re
 import statistics
 import time
@@ -42,7 +41,7 @@ import jaxlib
 import numpy as np
 from scipy import optimize
 
-from jaxkd import cpu, errors
+from jaxkd import cpu, device, errors
 from jaxkd.graph import cost as costs
 from jaxkd.graph import cut as cutting
 from jaxkd.graph import structure
@@ -265,24 +264,15 @@ class Table:
 
 def _cache_file(folder: str | os.PathLike | None, batch_size: int) -> pathlib.Path:
     """One file for a device, the versions of JAX, and a batch size."""
-    folder = folder or os.environ.get('JAXKD_CACHE') or pathlib.Path.home() / '.cache' / 'jaxkd'
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
-    kind = device.device_kind
-    if device.platform == 'cpu':  # they are all of the kind 'cpu'
-        kind = f'{kind} {_processor()} {os.cpu_count()} cores'
+    used = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(used, str):
+        used = jax.devices(used)[0]
+    kind = used.device_kind
+    if used.platform == 'cpu':  # they are all of the kind 'cpu'
+        kind = f'{kind} {device.processor()} {os.cpu_count()} cores'
     words = f'latency {kind} jax {jax.__version__} jaxlib {jaxlib.__version__} batch {batch_size}'
-    return pathlib.Path(folder) / (re.sub(r'[^\w.]+', '-', words) + '.json')
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        found = re.search(r'model name\s*:\s*(.*)', pathlib.Path('/proc/cpuinfo').read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+    folder = pathlib.Path(folder or device.cache_folder())
+    return folder / (re.sub(r'[^\w.]+', '-', words) + '.json')
 
 
 def _at_batch_size(graph: Graph, batch_size: int) -> Graph:

@@ -1,28 +1,31 @@
-"""MobileNetV2's training step and inference on the CPU: plain Flax, jaxkd's form, PyTorch.
+"""Training steps of jaxkd against PyTorch's: the same networks, batches and number format.
 
-    python benchmarks/train_step.py --torch-python path/to/python-with-torch
+    python benchmarks/train_step.py --torch-python PYTHON [--cases …] [--repeats 11]
 
-prints a table and writes benchmarks/results/train_step.json. The same network, batch, optimizer
-(SGD, momentum 0.9) and number format (float32) three times; BatchNorm in training mode in the
-step and in inference mode in the other. PyTorch runs in channels_last. One call of each at a time,
-in turns, so that whatever else the machine does falls on all of them; medians. Both processes keep
-the memory that they have freed, as jaxkd.main does (`jaxkd.cpu.hold_memory`). Each framework may
-use all cores that its process may: XLA:CPU does by itself, PyTorch by `torch.set_num_threads`.
-PyTorch runs in a process of its own, idle (waiting for a line) while JAX is measured; without it
-the rest is printed.
+prints a table and writes benchmarks/results/train_step.json. PYTHON has torch; without it the
+rest is printed.
 
-Plain Flax needs some ten seconds for a step of the larger case, so it has few turns.
+Three kinds of steps, as jaxkd's stages make them (`jaxkd.train.make_train_step`, with the moving
+average of the variables, without augmentation): of the teacher's training, of distillation with the
+network itself as the teacher, and of the search, with penalty and control, at full width. PyTorch
+trains and distils; a search is held against its distillation. Inference runs on running statistics.
+SGD with Nesterov momentum and weight decay, float32. PyTorch runs in channels_last, as it is and by
+`torch.compile`.
+
+One call of each at a time, in turns, so that whatever else the machine does falls on all of them;
+medians. Both processes keep the memory that they have freed, as jaxkd.main does
+(`jaxkd.cpu.hold_memory`), and may use all cores. PyTorch's process is idle (waiting for a line)
+while JAX is measured.
 
 Wall-clock times want an idle machine: PyTorch's OpenMP threads wait for each other, and suffer far
-more than XLA's from a third process. On a busy machine compare processor time on one core instead:
-
-    taskset -c 0 python benchmarks/train_step.py --clock cpu --torch-python ...
+more than XLA's from a third process.
 """
+
+from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -31,17 +34,47 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import machine
 
+
+class Case(NamedTuple):
+    """A network as both sides make it.
+
+    Attributes:
+      name: in `jaxkd.models`.
+      arguments: for jaxkd's.
+      image: height, width and channels.
+      arguments: for both.
+      here: for jaxkd's alone.
+    """
+
+    name: str
+    image: tuple[int, int, int]
+    arguments: dict[str, Any]
+    here: dict[str, Any]
+
+
 CASES = {
-    # name: (image shape, strides of the stages), with a stem of stride 1 and 10 classes
-    '32x32x3': ((32, 32, 3), (1, 1, 2, 2, 1, 2, 1)),
-    '8x8x1': ((8, 8, 1), (1, 1, 2, 1, 1, 2, 1)),
+    'MobileNetV2 32×32×3': Case(
+        'mobilenet_v2', (32, 32, 3), {'stem_stride': 1, 'strides': (1, 1, 2, 2, 1, 2, 1)}, {}
+    ),
+    'MobileNetV2 8×8×1': Case(
+        'mobilenet_v2', (8, 8, 1), {'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)}, {}
+    ),
+    'ResNet-18 64×64×3': Case('resnet18', (64, 64, 3), {}, {}),
+    'ResNet-50 64×64×3': Case('resnet50', (64, 64, 3), {}, {}),
+    'VGG-16-BN 32×32×3': Case('vgg16_bn', (32, 32, 3), {}, {'small_images': True}),
+    'EfficientNet-B0 64×64×3': Case(
+        'efficientnet_b0', (64, 64, 3), {}, {'dropout_rate': 0.0, 'drop_path_rate': 0.0}
+    ),
 }
 NUM_CLASSES = 10
-LEARNING_RATE, MOMENTUM = 0.05, 0.9
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
+ALPHA, TEMPERATURE = 0.5, 2.0
+# Which of PyTorch's steps each of jaxkd's is held against.
+AGAINST = {'train': 'train', 'distil': 'distil', 'search': 'distil', 'inference': 'inference'}
 # What `jaxkd.cpu.hold_memory` does, for a process without jaxkd.
 HELD = {
     'MALLOC_ARENA_MAX': '1',
@@ -55,202 +88,177 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--torch-python', default=sys.executable, help='a python that has torch')
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
-    parser.add_argument('--batch', type=int, default=64)
-    parser.add_argument('--repeats', type=int, default=15)
-    parser.add_argument(
-        '--clock', choices=CLOCKS, default='wall', help='cpu: processor time of all threads'
-    )
-    parser.add_argument('--plain-repeats', type=int, default=3, help='0 leaves plain Flax out')
+    parser.add_argument('--batch', type=int, default=32)
+    parser.add_argument('--repeats', type=int, default=11)
+    parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True)
     default = pathlib.Path(__file__).parent / 'results' / 'train_step.json'
     parser.add_argument('--out', type=pathlib.Path, default=default)
     parser.add_argument('--torch-worker', choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_worker:
-        serve_torch(arguments.torch_worker, arguments.batch, arguments.clock)
+        serve_torch(CASES[arguments.torch_worker], arguments.batch, arguments.compile)
         return
-
-    report = {
-        'command': (
-            f'python benchmarks/train_step.py --batch {arguments.batch} --clock {arguments.clock}'
-            f' --repeats {arguments.repeats} --plain-repeats {arguments.plain_repeats}'
-            f' --cases {" ".join(arguments.cases)} --torch-python PYTHON'
-        ),
-        'date': datetime.date.today().isoformat(),
-        'device': machine.describe_device(),
-        'environment': {
-            name: os.environ[name]
-            for name in ('XLA_FLAGS', 'GLIBC_TUNABLES', 'OMP_NUM_THREADS')
-            if name in os.environ
-        },
-        'load_average_before': os.getloadavg()[0],
+    report: dict[str, Any] = {
+        **machine.about(),
         'batch': arguments.batch,
-        'clock': arguments.clock,
+        'repeats': arguments.repeats,
+        'versions': {'python': platform.python_version()},
+        'load_average_before': os.getloadavg()[0],
         'cases': {},
     }
-    for case in arguments.cases:
-        with contextlib.ExitStack() as stack:
-            entry = measure_case(case, arguments, stack, report)
-        report['cases'][case] = {'strides': CASES[case][1], 'rows': entry}
-        print_table(case, arguments, entry)
-    report['load_average_after'] = os.getloadavg()[0]
-    machine.write_report(arguments.out, report)
+    # The interpreter's path says nothing to anybody else.
+    report['command'] = report['command'].replace(arguments.torch_python, 'PYTHON')
+    for name in arguments.cases:
+        with torch_process(name, arguments) as torch:
+            report['cases'][name] = measure_case(CASES[name], torch, arguments, report['versions'])
+        machine.write_report(arguments.out, report)
+        print_table(name, report['cases'][name])
 
 
 def measure_case(
-    case: str, arguments: argparse.Namespace, stack: contextlib.ExitStack, report: dict
-) -> dict:
-    """Builds every contender, then measures them in turns."""
-    from jaxkd import cpu
-
-    cpu.hold_memory()
-    contenders = {}  # name: ({'train': Measure, 'inference': Measure}, facts)
-    if arguments.plain_repeats:
-        contenders['plain Flax'] = prepare_jax(case, arguments, contextlib.nullcontext)
-    contenders['jaxkd'] = prepare_jax(case, arguments, cpu.fast_convolutions)
-    torch = stack.enter_context(torch_process(case, arguments))
+    case: Case,
+    torch: tuple[dict[str, Measure], dict[str, Any]] | None,
+    arguments: argparse.Namespace,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Milliseconds of all contenders, measured in turns, and their ratios."""
+    measures, facts = prepare_jax(case, arguments.batch)
+    versions.update(facts.pop('versions'))
+    entry: dict[str, Any] = {'jaxkd': facts}
+    contenders = {('jaxkd', kind): measure for kind, measure in measures.items()}
     if torch is None:
         print('PyTorch is not importable there (--torch-python): left out.')
     else:
-        contenders['PyTorch channels_last'] = torch
-    counts = {name: facts['parameters'] for name, (_, facts) in contenders.items()}
-    if len(set(counts.values())) != 1:
-        raise SystemExit(f'not the same network: parameter counts {counts}')
-    report['versions'] = {'python': platform.python_version()}
-    for _, facts in contenders.values():
-        report['versions'].update(facts.pop('versions'))
-
-    milliseconds = {name: {'train': [], 'inference': []} for name in contenders}
-    for turn in range(arguments.repeats):
-        for kind in ('train', 'inference'):
-            for name, (measures, _) in contenders.items():
-                if name != 'plain Flax' or turn < arguments.plain_repeats:
-                    milliseconds[name][kind].append(measures[kind]())
-    return {
-        name: {
-            **facts,
-            **{
-                kind: {
-                    'median_ms': round(statistics.median(values), 2),
-                    'min_ms': round(min(values), 2),
-                    'repeats': len(values),
-                }
-                for kind, values in milliseconds[name].items()
-            },
-        }
-        for name, (_, facts) in contenders.items()
+        asked, told = torch
+        versions.update(told.pop('versions'))
+        if told['parameters'] != facts['parameters']:
+            raise SystemExit(f'not the same network: {facts} and {told} parameters')
+        entry['PyTorch'] = told
+        contenders |= {('PyTorch', kind): measure for kind, measure in asked.items()}
+    taken: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
+    for _ in range(arguments.repeats):
+        for contender, measure in contenders.items():
+            taken[contender].append(measure())
+    medians = {contender: statistics.median(times) for contender, times in taken.items()}
+    for (side, kind), median in medians.items():
+        entry[side].setdefault('median_ms', {})[kind] = round(median, 2)
+        entry[side].setdefault('min_ms', {})[kind] = round(min(taken[side, kind]), 2)
+    entry['ratios'] = {
+        f'{kind} / {other}': round(medians['jaxkd', kind] / medians['PyTorch', other], 3)
+        for kind, counterpart in AGAINST.items()
+        for other in (counterpart, f'{counterpart}, compiled')
+        if ('PyTorch', other) in medians
     }
+    return entry
 
 
-def print_table(case: str, arguments: argparse.Namespace, entry: dict) -> None:
-    reference = entry['jaxkd']
-    print(
-        f'\nMobileNetV2, width 1, {case}, batch {arguments.batch}, float32: median ms of'
-        f' {arguments.clock} time (times jaxkd)'
-    )
-    print(f'{"":24}{"training step":>22}{"inference":>22}{"compile, s":>14}')
-    for name, row in entry.items():
-        cells = ''.join(
-            f'{row[kind]["median_ms"]:>13.1f}'
-            f' ({row[kind]["median_ms"] / reference[kind]["median_ms"]:5.2f})'
-            for kind in ('train', 'inference')
-        )
-        compiling = f'{row["compile_seconds"]:.1f}' if 'compile_seconds' in row else '-'
-        print(f'{name:24}{cells:>44}{compiling:>14}')
+def print_table(name: str, entry: dict[str, Any]) -> None:
+    print(f'\n{name}: median ms')
+    for side in ('jaxkd', 'PyTorch'):
+        if side in entry:
+            cells = ', '.join(f'{kind} {ms:.1f}' for kind, ms in entry[side]['median_ms'].items())
+            print(f'  {side}: {cells}')
+    print('  jaxkd / PyTorch: ' + ', '.join(f'{k} {v:.2f}' for k, v in entry['ratios'].items()))
 
 
-def prepare_jax(
-    case: str,
-    arguments: argparse.Namespace,
-    form: Callable[[], contextlib.AbstractContextManager],
-) -> tuple[dict[str, Measure], dict]:
-    """Compiled step and inference of the Flax network, traced inside `form()`."""
+def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, Any]]:
+    """A call of each kind of step, and of inference, that returns its milliseconds."""
     import flax
     import jax
-    import jax.numpy as jnp
+    import numpy as np
     import optax
 
-    from jaxkd import models
+    import jaxkd
+    from jaxkd import cpu, distill, models, train
+    from jaxkd.search import learn, penalty
 
-    image_shape, strides = CASES[case]
-    batch, clock = arguments.batch, arguments.clock
-    model = models.create('mobilenet_v2', num_classes=NUM_CLASSES, stem_stride=1, strides=strides)
-    images = jax.random.normal(jax.random.key(0), (batch, *image_shape))
-    labels = jnp.arange(batch) % NUM_CLASSES
-    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
-    optimizer = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    cpu.hold_memory()
+    mesh = train.make_mesh()
+    model = models.create(case.name, num_classes=NUM_CLASSES, **case.arguments, **case.here)
+    rng = np.random.default_rng(0)
+    fed = train.replicate(
+        {
+            'images': rng.integers(0, 256, (batch, *case.image), np.uint8),
+            'labels': np.arange(batch, dtype=np.int32) % NUM_CLASSES,
+        },
+        mesh,
+    )
+    image = np.zeros((1, *case.image), np.float32)
+    init = jax.jit(model.init, static_argnames='train')
+    variables = train.replicate(init(jax.random.key(0), image, train=False), mesh)
+    views = train.Preprocessing(np.float32(0.5), np.float32(0.25), 0, False)
+    graph = jaxkd.trace(model, variables, image, train=False)
+    course = learn.course(graph, steps=1000, learning_rate=LEARNING_RATE, flops=0.5)
+    body = learn.body(course, graph.keep_all())
+    config = {'momentum': MOMENTUM, 'weight_decay': WEIGHT_DECAY}
 
-    def loss_of(params, batch_stats, images):
-        logits, updates = model.apply(
-            {'params': params, 'batch_stats': batch_stats},
-            images,
-            train=True,
-            mutable=['batch_stats'],
+    def soft(logits, taught, labels):
+        return distill.distillation(logits, taught, labels, alpha=ALPHA, temperature=TEMPERATURE)
+
+    kinds = {
+        'train': ((), train.hard_loss(0.0), None),
+        'distil': ((), soft, model),
+        'search': ((penalty.proximal(body.gates, LEARNING_RATE),), soft, model),
+    }
+    measures: dict[str, Measure] = {}
+    facts: dict[str, Any] = {
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+        'first_call_seconds': {},
+        'versions': {'jax': jax.__version__, 'flax': flax.__version__, 'optax': optax.__version__},
+    }
+
+    def measured(kind: str, after: tuple[Any, ...], loss: train.Loss, teacher: Any) -> Measure:
+        tx = train.optimizer(config, LEARNING_RATE, *after)
+        step = train.make_train_step(
+            model, tx, loss, views, mesh, seed=0, ema_decay=0.99, teacher=teacher
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), updates['batch_stats']
+        state = train.replicate(train.create_state(variables, tx), mesh)
+        memory, number = learn.first(body, variables['params']), 0
 
-    def step(state, images):
-        params, batch_stats, optimizer_state = state
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, batch_stats), grads = gradient(params, batch_stats, images)
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-        return (optax.apply_updates(params, updates), batch_stats, optimizer_state), loss
+        def call() -> None:
+            nonlocal state, memory, number
+            extra = {}
+            if kind == 'search':
+                memory = learn.press(body, number, state.params, memory)
+                extra = {'strength': learn.strength(body, memory)}
+            state, metrics = step(state, fed, variables if teacher else {}, extra)
+            number += 1
+            jax.block_until_ready((state, metrics))
 
-    params = variables['params']
-    state = (params, variables['batch_stats'], optimizer.init(params))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # Inference keeps its own copy: the step takes over the buffers that it is given.
-    frozen = jax.tree.map(jnp.copy, variables)
-    with form():
-        start = time.perf_counter()
-        step = jax.jit(step, donate_argnums=0).lower(state, images).compile()
-        compile_seconds = time.perf_counter() - start
-        infer = jax.jit(model.apply).lower(frozen, images).compile()
+        return timed(call)
 
-    def train() -> None:
-        nonlocal state
-        state, loss = step(state, images)
-        loss.block_until_ready()
-        jax.block_until_ready(state)
-
-    measures = {
-        'train': timed(train, clock),
-        'inference': timed(lambda: infer(frozen, images).block_until_ready(), clock),
-    }
-    for measure in measures.values():
-        measure()  # the first call pays for memory
-    versions = {'jax': jax.__version__, 'flax': flax.__version__, 'optax': optax.__version__}
-    return measures, {
-        'parameters': parameters,
-        'compile_seconds': round(compile_seconds, 1),
-        'temporary_megabytes': round(step.memory_analysis().temp_size_in_bytes / 1e6),
-        'versions': versions,
-    }
+    for kind, arguments in kinds.items():
+        measures[kind] = measured(kind, *arguments)
+    forward = train.make_eval_step(model, views, mesh)
+    valid = np.ones(batch, bool)
+    measures['inference'] = timed(lambda: jax.block_until_ready(forward(variables, fed, valid)))
+    for kind, measure in measures.items():  # the first call compiles, the second pays for memory
+        facts['first_call_seconds'][kind] = round(measure() / 1e3, 1)
+        measure()
+    return measures, facts
 
 
-def timed(call: Callable[[], object], clock: str) -> Measure:
-    now = CLOCKS[clock]
-
+def timed(call: Callable[[], object]) -> Measure:
     def measure() -> float:
-        start = now()
+        start = time.perf_counter()
         call()
-        return (now() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3
 
     return measure
 
 
 @contextlib.contextmanager
 def torch_process(
-    case: str, arguments: argparse.Namespace
-) -> Iterator[tuple[dict[str, Measure], dict] | None]:
+    name: str, arguments: argparse.Namespace
+) -> Iterator[tuple[dict[str, Measure], dict[str, Any]] | None]:
     """The PyTorch network in another process; None where torch is not importable."""
     python = arguments.torch_python
-    probe = subprocess.run([python, '-c', 'import torch'], capture_output=True)
-    if probe.returncode:
+    if subprocess.run([python, '-c', 'import torch'], capture_output=True).returncode:
         yield None
         return
-    command = [python, os.path.abspath(__file__), '--torch-worker', case]
-    command += ['--batch', str(arguments.batch), '--clock', arguments.clock]
+    command = [python, os.path.abspath(__file__), '--torch-worker', name]
+    command += ['--batch', str(arguments.batch)]
+    command += [] if arguments.compile else ['--no-compile']
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | HELD
     ) as process:
@@ -261,87 +269,84 @@ def torch_process(
             process.stdin.flush()
             return float(process.stdout.readline())
 
-        yield {kind: lambda kind=kind: ask(kind) for kind in ('train', 'inference')}, facts
+        measures = {kind: lambda kind=kind: ask(kind) for kind in facts.pop('kinds')}
+        yield measures, facts
         process.stdin.close()
 
 
-def serve_torch(case: str, batch: int, clock: str) -> None:
+def serve_torch(case: Case, batch: int, compiling: bool) -> None:
     """Facts on the first line; then, for each line read, the milliseconds of one such call."""
     import torch
     from torch import nn
+    from torch.nn import functional
+    import torch_networks
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    image_shape, strides = CASES[case]
-    network = build_torch(nn, image_shape[-1], strides).to(memory_format=torch.channels_last)
-    height, width, channels = image_shape
-    images = torch.randn(batch, channels, height, width)
-    images = images.to(memory_format=torch.channels_last)
+
+    def build() -> nn.Module:
+        network = torch_networks.build(case.name, case.image[-1], NUM_CLASSES, **case.arguments)
+        return network.to(memory_format=torch.channels_last)
+
+    teacher = build().eval()
+    height, width, channels = case.image
+    images = torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
     labels = torch.arange(batch) % NUM_CLASSES
-    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    cross_entropy = nn.CrossEntropyLoss()
 
-    def train() -> None:
+    def hard(logits: Any) -> Any:
+        return functional.cross_entropy(logits, labels)
+
+    def soft(teacher: nn.Module) -> Callable[[Any], Any]:
+        def loss(logits: Any) -> Any:
+            with torch.no_grad():
+                taught = functional.log_softmax(teacher(images) / TEMPERATURE, 1)
+            student = functional.log_softmax(logits / TEMPERATURE, 1)
+            divergence = functional.kl_div(student, taught, reduction='batchmean', log_target=True)
+            return (1 - ALPHA) * hard(logits) + ALPHA * TEMPERATURE**2 * divergence
+
+        return loss
+
+    def training(network: nn.Module, loss: Callable[[Any], Any]) -> Measure:
+        optimizer = torch.optim.SGD(
+            network.parameters(), LEARNING_RATE, MOMENTUM, 0, WEIGHT_DECAY, nesterov=True
+        )
         network.train()
-        optimizer.zero_grad(set_to_none=True)
-        cross_entropy(network(images), labels).backward()
-        optimizer.step()
 
-    def infer() -> None:
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss(network(images)).backward()
+            optimizer.step()
+
+        return timed(step)
+
+    def inference(network: nn.Module) -> Measure:
         network.eval()
-        with torch.inference_mode():
-            network(images)
 
-    measures = {'train': timed(train, clock), 'inference': timed(infer, clock)}
-    for measure in measures.values():
-        measure()
+        def forward() -> None:
+            with torch.inference_mode():
+                network(images)
+
+        return timed(forward)
+
+    measures: dict[str, Measure] = {}
+    for suffix, form in (('', lambda n: n), (', compiled', torch.compile))[: 1 + compiling]:
+        measures[f'train{suffix}'] = training(form(build()), hard)
+        measures[f'distil{suffix}'] = training(form(build()), soft(form(teacher)))
+        measures[f'inference{suffix}'] = inference(form(build()))
+    seconds = {}
+    for kind, measure in measures.items():  # the first call compiles, the second pays for memory
+        seconds[kind] = round(measure() / 1e3, 1)
         measure()
     facts = {
-        'parameters': sum(p.numel() for p in network.parameters()),
+        'parameters': sum(p.numel() for p in teacher.parameters()),
+        'first_call_seconds': seconds,
         'threads': torch.get_num_threads(),
         'versions': {'torch': torch.__version__},
+        'kinds': list(measures),
     }
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         print(measures[line.strip()](), flush=True)
-
-
-def build_torch(nn, channels: int, strides: tuple[int, ...]):
-    """The network of jaxkd.models.mobilenet at width 1, layer for layer."""
-    stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
-
-    def conv_bn(inputs, outputs, kernel=1, stride=1, groups=1, activation=True):
-        layers = [
-            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-            nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.1),
-        ]
-        return layers + [nn.ReLU6(inplace=True)] * activation
-
-    class InvertedResidual(nn.Module):
-        def __init__(self, inputs, outputs, expansion, stride):
-            super().__init__()
-            hidden = inputs * expansion
-            self.residual = stride == 1 and inputs == outputs
-            self.layers = nn.Sequential(
-                *(conv_bn(inputs, hidden) if expansion != 1 else []),
-                *conv_bn(hidden, hidden, 3, stride, groups=hidden),
-                *conv_bn(hidden, outputs, activation=False),
-            )
-
-        def forward(self, x):
-            y = self.layers(x)
-            return x + y if self.residual else y
-
-    layers = conv_bn(channels, 32, 3)
-    inputs = 32
-    for (expansion, outputs, repeats), stage_stride in zip(stages, strides, strict=True):
-        for repeat in range(repeats):
-            stride = stage_stride if repeat == 0 else 1
-            layers.append(InvertedResidual(inputs, outputs, expansion, stride))
-            inputs = outputs
-    layers += conv_bn(inputs, 1280)
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, NUM_CLASSES)]
-    return nn.Sequential(*layers)
 
 
 if __name__ == '__main__':

@@ -38,22 +38,24 @@ class MetricsLog:
     """Rows of metrics in `workdir/metrics.jsonl`, and their numbers in TensorBoard event files.
 
     A context manager. The JSON lines are the record: each row is on disk when `write` returns, and
-    a last line that a kill left half written is taken away on opening. The event files are made
-    from them, anew when a run goes on (with the time of that moment; steps are what they were).
+    lines that are damaged, or were left half written by a kill, are taken away on opening: whoever
+    goes on with a run has its rows, see `put`. The event files are made from them, anew when a run
+    goes on (with the time of that moment; steps are what they were).
+
+    Args:
+      workdir: made if it is missing.
+      say: is told of damaged lines; by default nobody is.
     """
 
-    def __init__(self, workdir: str | os.PathLike):
-        """Makes `workdir` where it is missing.
-
-        Raises:
-          CheckpointError: when a row that is already there is damaged.
-        """
+    def __init__(self, workdir: str | os.PathLike, say: Callable[[str], None] = lambda _: None):
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._path = self._workdir / 'metrics.jsonl'
         if self._path.exists():
             content = self._path.read_bytes()
-            rows = _parse(content, self._path)
+            rows, damaged = _parse(content)
+            if damaged:
+                say(f'{self._path}: line {damaged[0]} is damaged; checkpoints have its row')
             if content.count(b'\n') != len(rows) or not content.endswith(b'\n'):
                 _rewrite(self._path, rows)
         self._file: io.FileIO | None = None
@@ -71,8 +73,8 @@ class MetricsLog:
             self._file.close()
             self._file = None
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row.
+    def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a row, and returns it as it will be read back.
 
         Args:
           row: 'stage': str, 'step': int, and further numbers, texts or None by name. Numbers may be
@@ -92,28 +94,31 @@ class MetricsLog:
         line = (json.dumps(row, allow_nan=False) + '\n').encode()
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        _add_events(self._events, row)
+        _add_events(self._events, [row])
+        return row
 
-    def rewind(self, stage: str, step: int, *, later: Sequence[str] = ()) -> None:
-        """Forgets what comes after a step: a resumed run leaves the rows of an unkilled one.
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage that are on disk."""
+        return [row for row in read_metrics(self._workdir) if row['stage'] == stage]
+
+    def put(
+        self, stage: str, rows: Sequence[Mapping[str, Any]], *, later: Sequence[str] = ()
+    ) -> None:
+        """Sets the rows of a stage that goes on: a resumed run leaves those of an unkilled one.
 
         Args:
-          stage: the stage that goes on; its rows with a larger step are dropped.
-          step: the last step that is kept.
-          later: stages all of whose rows are dropped.
+          stage: whose rows are to be `rows`.
+          rows: as `write` returned them.
+          later: stages whose rows are dropped.
         """
-        rows = read_metrics(self._workdir)
-        kept = [
-            row
-            for row in rows
-            if row['stage'] not in later and not (row['stage'] == stage and row['step'] > step)
-        ]
-        if len(kept) == len(rows):
+        before = read_metrics(self._workdir)
+        others = [row for row in before if row['stage'] not in (stage, *later)]
+        if before == [*others, *rows]:
             return
         opened = self._file is not None
         self.__exit__()
-        _rewrite(self._path, kept)
-        _make_events(self._workdir, kept).close()
+        _rewrite(self._path, [*others, *rows])
+        _make_events(self._workdir, [*others, *rows]).close()
         if opened:
             self.__enter__()
 
@@ -127,25 +132,28 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
       CheckpointError: when any other line is damaged.
     """
     path = pathlib.Path(workdir) / 'metrics.jsonl'
-    return _parse(path.read_bytes(), path) if path.exists() else []
+    if not path.exists():
+        return []
+    rows, damaged = _parse(path.read_bytes())
+    if damaged:
+        raise CheckpointError(path, f'line {damaged[0]} is damaged; delete that line')
+    return rows
 
 
-def _parse(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows, and the numbers of damaged lines other than a last one that is half written."""
+    rows, damaged = [], []
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not {'stage', 'step'} <= row.keys():
                 raise ValueError('no row')
+            rows.append(row)
         except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number == len(lines) and not content.endswith(b'\n'):
-                break
-            raise CheckpointError(
-                path, f'line {number} is damaged; delete that line and start again'
-            ) from None
-        rows.append(row)
-    return rows
+            if number < len(lines) or content.endswith(b'\n'):
+                damaged.append(number)
+    return rows, damaged
 
 
 def _rewrite(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -176,25 +184,33 @@ _EVENTS_SUFFIX = '.jaxkd'  # tells these event files from other people's
 
 def _make_events(workdir: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> Any:
     """A writer of TensorBoard events that has written `rows`; earlier runs' files are removed."""
-    import tensorboardX  # takes 0.3 s, and not all who import this module write events
+    # It takes 0.3 s to import, and not all who import this module write events. Its SummaryWriter
+    # would write in a thread, whose errors nobody hears, and for which a full queue waits forever.
+    from tensorboardX import event_file_writer
 
     earlier = list(workdir.glob(f'events.*{_EVENTS_SUFFIX}'))
     # Names contain the second. A writer that is opened within the same one would append.
     for path in earlier:
         path.unlink()
-    writer = tensorboardX.SummaryWriter(
-        str(workdir), flush_secs=10, filename_suffix=_EVENTS_SUFFIX, write_to_disk=True
-    )
-    for row in rows:
-        _add_events(writer, row)
-    writer.flush()
+    writer = event_file_writer.EventsWriter(str(workdir / 'events'), _EVENTS_SUFFIX)
+    _add_events(writer, rows)
     return writer
 
 
-def _add_events(writer: Any, row: Mapping[str, Any]) -> None:
-    for key, value in row.items():
-        if key != 'step' and isinstance(value, (int, float)) and not isinstance(value, bool):
-            writer.add_scalar(f'{row["stage"]}/{key}', value, row['step'])
+def _add_events(writer: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
+    for row in rows:
+        for key, value in row.items():
+            if key != 'step' and isinstance(value, (int, float)) and not isinstance(value, bool):
+                event = event_pb2.Event(
+                    wall_time=time.time(),
+                    step=row['step'],
+                    summary=summary.scalar(f'{row["stage"]}/{key}', value),
+                )
+                writer.write_event(event)
+    writer.flush()
 
 
 # Progress

@@ -64,6 +64,13 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             'log_every': 20,  # steps
             'checkpoint_seconds': 20.0,
             'wandb': config_dict.placeholder(str),  # a project of Weights & Biases to draw in too
+            'checkpoint_keep': 2,  # states of each stage, to go back to where one is damaged
+            # Where the loss is no finite number, or 100 times that of guessing: 'stop', or
+            # 'rollback' to the end of the last epoch, and on with nan_factor of the learning rate,
+            # at most nan_times in a stage.
+            'on_nan': 'stop',
+            'nan_factor': 0.5,
+            'nan_times': 3,
         }
     )
     stage = {
@@ -75,7 +82,11 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         'ema_decay': 0.95,
     }
     soft = {'alpha': 0.5, 'temperature': 2.0}
-    config.teacher = stage | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
+    # What a stage hands on: the variables after its 'last' step, or the 'best' by validation.
+    choose = {'choose': 'last'}
+    config.teacher = (
+        stage | choose | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
+    )
     config.search = (
         stage
         | soft
@@ -110,6 +121,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
     )
     config.distil = (
         stage
+        | choose
         | soft
         | {
             'epochs': 35.0,

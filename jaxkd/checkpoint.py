@@ -198,6 +198,11 @@ def part(leaves: Mapping[str, np.ndarray], key: str) -> dict[str, np.ndarray]:
     return {n.removeprefix(f'{key}/'): x for n, x in leaves.items() if n.startswith(f'{key}/')}
 
 
+def fingerprint(leaves: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of what `to_tree` returned: equal where all names, dtypes, shapes and bits are."""
+    return _json_digest({name: _digest(np.asarray(leaf)) for name, leaf in leaves.items()})
+
+
 class Stage:
     """One stage of a run: its latest few states while it runs, its result once it is done.
 
@@ -298,6 +303,34 @@ class Stage:
             if found is not None:
                 return step, *found
         return None
+
+    def newest(self) -> int | None:
+        """The step of the newest state on disk, whole or not; raises like `wait`."""
+        self.wait()
+        return max(self._steps(), default=None)
+
+    def forget(self, step: int) -> None:
+        """Removes the states of this step and of later ones, the newest first.
+
+        Raises:
+          CheckpointError: one cannot be removed, or a save that was under way failed.
+        """
+        self.wait()
+        # The manager must not count states that are no longer there.
+        self._close_manager()
+        self._newest = None
+        if jax.process_index() != 0:
+            return
+        for known in sorted(self._steps(), reverse=True):
+            if known >= step:
+                path = self._directory / str(known)
+                try:
+                    # Renamed first: a kill in between leaves no half of it under its name.
+                    _remove(_aside(path, 'old'))
+                    os.rename(path, _aside(path, 'old'))
+                    _remove(_aside(path, 'old'))
+                except OSError as error:
+                    raise CheckpointError(path, f'cannot be removed: {_brief(error)}') from error
 
     def finish(self, tree: Mapping[str, Any], metadata: dict) -> None:
         """Saves the result of the stage, which marks it as finished; returns when it is on disk.

@@ -85,3 +85,20 @@ class CheckpointError(JaxkdError):
 class TrainingError(JaxkdError):
     """A training that cannot go on, such as one whose loss is no number; says where its last good
     state lies."""
+
+
+class Stopped(JaxkdError):
+    """A run that was asked to stop and has saved what it had reached.
+
+    Args:
+      what: where it stopped.
+      signal: the number of the signal that asked.
+    """
+
+    def __init__(self, what: str, signal: int):
+        super().__init__(what, signal)
+        self.what = what
+        self.signal = signal
+
+    def __str__(self) -> str:
+        return self.what

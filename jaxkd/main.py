@@ -1,4 +1,10 @@
-"""The command line: flags, config, and one call."""
+"""Learns a smaller structure for a CNN: teacher, search, compact network, distillation, report.
+
+    python -m jaxkd.main --config=configs/mbv2.py [--workdir=DIR] [--config.FIELD=VALUE …]
+
+The same command goes on with a run that was stopped, killed or failed. Exit status: 0 done, 1
+failed on the way, 2 refused at the start, 130 stopped by SIGINT (Ctrl-C), 143 stopped by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +38,7 @@ _PROFILE = flags.DEFINE_bool(
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the pipeline. Exit status: 0 done, 1 failed on the way, 2 refused at the start."""
+    """Runs the pipeline; the exit status, see the top."""
     if len(arguments) > 1:
         print(f'jaxkd: unexpected argument {arguments[1]!r}; flags start with --', file=sys.stderr)
         return 2
@@ -41,29 +47,39 @@ def main(arguments: list[str]) -> int:
         return 2
     absl_logging.set_verbosity(absl_logging.WARNING)
     # JAX is slow to import: not for --help.
-    from jaxkd import cpu, device, errors, pipeline, watch
+    from jaxkd import cpu, device, errors, pipeline, stopping, watch
 
     cpu.hold_memory()
     device.keep_compiled()
     config = _CONFIG.value
     workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
-    finished = os.path.exists(os.path.join(workdir, 'report.json'))
+    stops = stopping.Requests()
     try:
-        report = pipeline.run(config, workdir, profile=_PROFILE.value)
+        with stops.listening(workdir):
+            report = pipeline.finished(config, workdir, _say)
+            if report:
+                print(f'{workdir} holds a finished run:')
+            else:
+                report = pipeline.run(config, workdir, stops=stops, profile=_PROFILE.value)
+    except errors.Stopped as error:
+        _say(f'{error}; the same command goes on from {workdir}')
+        return stopping.status(error.signal)
     except (errors.ConfigError, errors.BudgetError) as error:
-        print(f'jaxkd: {error}', file=sys.stderr)
+        _say(error)
         return 2
-    except (errors.JaxkdError, OSError) as error:
-        print(f'jaxkd: {error}', file=sys.stderr)
+    except errors.JaxkdError as error:
+        _say(error)
         return 1
-    except KeyboardInterrupt:
-        print(f'jaxkd: stopped; the same command goes on from {workdir}', file=sys.stderr)
-        return 130
-    if finished:
-        print(f'{workdir} holds a finished run:')
+    except OSError as error:
+        _say(f'{error}; what is in {workdir} is whole, and the same command goes on from there')
+        return 1
     print(watch.compare(report))
     print(f'compact network: {os.path.join(workdir, "compact")}')
     return 0
+
+
+def _say(sentence: object) -> None:
+    print(f'jaxkd: {sentence}', file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import statistics
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxkd import data, distill, errors, loop, models, saved, train, watch
+from jaxkd import checkpoint, data, distill, errors, loop, models, saved, stopping, train, watch
 from jaxkd import report as telling
 from jaxkd import workdir as records
 from jaxkd.graph import cut, latency, structure
@@ -50,7 +51,8 @@ CHOICES = {
         'gates': gating.KINDS,
         'coupling': gating.COUPLINGS,
     },
-    'distil': {'init': ('search', 'scratch')},
+    'distil': {'init': ('search', 'scratch'), 'choose': loop.CHOICES},
+    'teacher': {'choose': loop.CHOICES},
 }
 # Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
 SMALL_BATCH = 16
@@ -92,35 +94,64 @@ class Aim(NamedTuple):
     blocks: blocking.Blocks
 
 
+def finished(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """The report of a run that came to its end, if its compact network is whole; else None.
+
+    Args:
+      config, workdir: see `run`.
+      say: is told what is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    found = records.finished(workdir, config, say)
+    if found:
+        try:
+            checkpoint.read(workdir / 'compact')
+        except errors.CheckpointError as error:
+            say(f'{error}; it is made again')
+            return None
+    return found
+
+
 def run(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, profile: bool = False
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    stops: stopping.Requests | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Learns a compact structure and its weights; the report.
 
     Args:
       config: as `configs/mbv2.py` makes it.
       workdir: where everything is kept; made if missing, continued if it holds a stopped run.
+      stops: what signals ask for; by default they do what they do.
       profile: whether to write a profiler's trace of a few steps of each stage to its `profile/`.
 
     Raises:
       JaxkdError: with one sentence, for whatever the user can set right.
     """
-    workdir = pathlib.Path(workdir)
-    report_before = records.finished(workdir, config)
-    if report_before:
-        return report_before
     plan = make_plan(config)
-    with prepared(config, workdir, plan, profile=profile) as setup:
+    folder = pathlib.Path(workdir)
+    with prepared(config, folder, plan, stops=stops, profile=profile) as setup:
         teacher = learn_teacher(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)
         small = distil(setup, plan, teacher, found)
-        saved.save(workdir / 'compact', small)
+        saved.save(setup.workdir / 'compact', small)
         return report(setup, plan, teacher, small, expansions)
 
 
 @contextlib.contextmanager
 def prepared(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, plan: Plan, *, profile: bool = False
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    plan: Plan,
+    *,
+    stops: stopping.Requests | None = None,
+    profile: bool = False,
 ) -> Iterator[loop.Setup]:
     """The data on the devices, the workdir claimed, the log and the display open."""
     mesh = train.make_mesh()
@@ -140,15 +171,15 @@ def prepared(
         for name, weight in weights.items()
     ]
     full = plan.graph.cost()
+    display = watch.Display(lengths, full={'alive_flops': full.flops, 'alive_params': full.params})
     boards = [watch.tensorboard]
     if config.wandb:
-        boards.append(watch.wandb(config.wandb, records.record(config), tuple(weights)))
-    records.claim(workdir, config)
+        record = records.record(config)
+        boards.append(watch.wandb(config.wandb, record, tuple(weights), display.message))
     with (
-        watch.MetricsLog(workdir, boards) as log,
-        watch.Display(
-            lengths, full={'alive_flops': full.flops, 'alive_params': full.params}
-        ) as display,
+        records.claimed(workdir, config, display.message),
+        watch.MetricsLog(workdir, boards, say=display.message) as log,
+        display,
     ):
         yield loop.Setup(
             config=config,
@@ -160,8 +191,10 @@ def prepared(
             preprocessing=train.Preprocessing(
                 mean, std, config.data.padding, plan.info.flip and config.data.flip
             ),
+            chance=math.log(plan.info.num_classes),
             log=log,
             display=display,
+            stops=stops or stopping.Requests(),
             profile=profile,
         )
 
@@ -185,6 +218,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
+    _check_safety(config)
     _check_expansion(config)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
@@ -224,6 +258,16 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
                 why=f'it must be a multiple of the number of devices, {jax.device_count()}',
             )
     return plan
+
+
+def _check_safety(config: ml_collections.ConfigDict) -> None:
+    if config.on_nan not in loop.ON_NAN:
+        raise errors.ConfigError('on_nan', config.on_nan, allowed=loop.ON_NAN)
+    if not 0 < config.nan_factor < 1:
+        raise errors.ConfigError('nan_factor', config.nan_factor, why='it must lie in (0, 1)')
+    for field, least in (('nan_times', 0), ('checkpoint_keep', 1)):
+        if config[field] < least:
+            raise errors.ConfigError(field, config[field], why=f'it must be ≥ {least}')
 
 
 def _check_expansion(config: ml_collections.ConfigDict) -> None:
@@ -286,17 +330,20 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     """
     image = jnp.zeros(plan.graph.inputs[0].shape)
     init = jax.jit(lambda key: plan.model.init(key, image, train=False))
+    config = records.record(setup.config)
     start = init(jax.random.key(setup.config.seed))
     setup.display.message(watch.overview('teacher', start, setup.workdir))
-    state, _ = loop.fit(
+    end = loop.fit(
         setup,
         'teacher',
         lambda _: loop.Network(plan.model),
         start,
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
+        # Runs that differ in what comes later may share a teacher.
+        given={part: config[part] for part in ('seed', 'model', 'data', 'teacher')},
     )
-    return train.averaged(state)
+    return loop.chosen(setup, 'teacher', end)
 
 
 def find_structure(
@@ -425,13 +472,14 @@ def search_structure(
             **control.record(cost, memory, course.budgets),
         }
 
-    state, memory = loop.fit(
+    end = loop.fit(
         setup,
         aim.stage,
         network,
         student,
         _soft_loss(alpha, config.temperature),
         facts=facts,
+        given=_given(setup, graph.sizes),
         teacher=(plan.model, teacher),
         memory=learn.first(whole, student['params']),
         steer=steer,
@@ -443,9 +491,9 @@ def search_structure(
         setup.workdir / f'{aim.stage}.png',
         say=setup.display.message,
     )
-    found = body(memory.physical)
-    student = learn.whole(found, train.variables(state), start)
-    return student, learn.choose(found, state.params, memory)
+    found = body(end.memory.physical)
+    student = learn.whole(found, train.variables(end.state), start)
+    return student, learn.choose(found, end.state.params, end.memory)
 
 
 def prune_in_rounds(
@@ -483,20 +531,21 @@ def prune_in_rounds(
             )
         return keep, {}
 
-    state, keep = loop.fit(
+    end = loop.fit(
         setup,
         aim.stage,
         network,
         start,
         _soft_loss(config.alpha, config.temperature),
         facts=lambda keep: _alive(graph.cost(keep)._asdict()),
+        given=_given(setup, graph.sizes),
         teacher=(plan.model, teacher),
         memory=graph.keep_all(),
         steer=steer,
         kept=lambda keep: keep,
         narrow=functools.partial(cut.cut, graph),
     )
-    return cut.restore(graph, train.variables(state), keep, start), keep
+    return cut.restore(graph, train.variables(end.state), end.memory, start), end.memory
 
 
 def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Evidence:
@@ -536,16 +585,17 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             batch_size=config.batch_size,
             steps=config.recalibrate,
         )
-    state, _ = loop.fit(
+    end = loop.fit(
         setup,
         'distil',
         lambda _: loop.Network(small.module),
         start,
         _soft_loss(config.alpha, config.temperature),
         facts=lambda _: _alive(small.structure.compact),
+        given=_given(setup, small.structure.to_json()),
         teacher=(plan.model, teacher),
     )
-    return CompactModel(small.module, train.averaged(state), small.structure)
+    return CompactModel(small.module, loop.chosen(setup, 'distil', end), small.structure)
 
 
 def report(
@@ -581,6 +631,7 @@ def report(
     for name, milliseconds in _time(inference).items():
         rows[name]['milliseconds'] = milliseconds
 
+    outcomes = loop.outcomes(setup)
     kept = {name: len(group['kept']) for name, group in small.structure.groups.items()}
     result = {
         **rows,
@@ -598,7 +649,15 @@ def report(
         'search': telling.tracking(telling.search_curves(setup.workdir)),
         'removal': telling.removals(setup.workdir),
         'inexact': small.structure.inexact,
-        'seconds': loop.seconds(setup),
+        'seconds': {name: outcome['seconds'] for name, outcome in outcomes.items()},
+        'best': {
+            name: {'step': outcome['best']['step'], **outcome['best']['metrics']}
+            for name, outcome in outcomes.items()
+            if outcome['best']
+        },
+        'rollbacks': {
+            name: outcome['rollbacks'] for name, outcome in outcomes.items() if outcome['rollbacks']
+        },
         'input_shape': list(plan.info.image_shape),
         'inference_batch': batch_size,
         'config': records.record(config),
@@ -630,6 +689,11 @@ def _latency(
         kind: seconds | {'ratio': seconds['compact'] / seconds['teacher']}
         for kind, seconds in times.items()
     }
+
+
+def _given(setup: loop.Setup, structure: Any) -> list[Any]:
+    """What a stage after the teacher's depends on beside the teacher: all of the config."""
+    return [records.record(setup.config), structure]
 
 
 def _soft_loss(alpha: float, temperature: float) -> train.Loss:

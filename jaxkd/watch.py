@@ -34,7 +34,7 @@ import rich.text
 
 from jaxkd import device
 from jaxkd.errors import CheckpointError, ConfigError
-from jaxkd.workdir import write_json
+from jaxkd.workdir import read_json, write_json
 
 # Metrics on disk
 
@@ -55,27 +55,32 @@ class MetricsLog:
     """Rows of metrics in `workdir/metrics.jsonl`, and their numbers on boards.
 
     A context manager. The JSON lines are the record: each row is on disk when `write` returns, and
-    a last line that a kill left half written is taken away on opening. The boards are opened with
-    what is on record, when the first row is written and when rows were taken back.
+    lines that are damaged, or were left half written by a kill, are taken away on opening: whoever
+    goes on with a run has its rows, see `put`. The boards are opened with what is on record, when
+    the first row is written.
+
+    Args:
+      workdir: made if it is missing.
+      boards: `tensorboard`, by default, and others like it.
+      say: is told of damaged lines; by default nobody is.
     """
 
-    def __init__(self, workdir: str | os.PathLike, boards: Sequence[OpenBoard] | None = None):
-        """Makes `workdir` where it is missing.
-
-        Args:
-          workdir: of the run.
-          boards: `tensorboard`, by default, and others like it.
-
-        Raises:
-          CheckpointError: when a row that is already there is damaged.
-        """
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        boards: Sequence[OpenBoard] | None = None,
+        *,
+        say: Callable[[str], None] = lambda _: None,
+    ):
         self._openers = (tensorboard,) if boards is None else tuple(boards)
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._path = self._workdir / 'metrics.jsonl'
         if self._path.exists():
             content = self._path.read_bytes()
-            rows = _parse(content, self._path)
+            rows, damaged = _parse(content)
+            if damaged:
+                say(f'{self._path}: line {damaged[0]} is damaged; checkpoints have its row')
             if content.count(b'\n') != len(rows) or not content.endswith(b'\n'):
                 _rewrite(self._path, rows)
         self._file: io.FileIO | None = None
@@ -93,8 +98,8 @@ class MetricsLog:
             self._file.close()
             self._file = None
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row.
+    def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a row, and returns it as it will be read back.
 
         Args:
           row: 'stage': str, 'step': int, and further numbers, texts or None by name. Numbers may be
@@ -116,30 +121,33 @@ class MetricsLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         for board in self._boards:
             board.add(row)
+        return row
 
     def _open_boards(self) -> None:
         rows = read_metrics(self._workdir)
         self._boards = [open_board(self._workdir, rows) for open_board in self._openers]
 
-    def rewind(self, stage: str, step: int, *, later: Sequence[str] = ()) -> None:
-        """Forgets what comes after a step: a resumed run leaves the rows of an unkilled one.
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage that are on disk."""
+        return [row for row in read_metrics(self._workdir) if row['stage'] == stage]
+
+    def put(
+        self, stage: str, rows: Sequence[Mapping[str, Any]], *, later: Sequence[str] = ()
+    ) -> None:
+        """Sets the rows of a stage that goes on: a resumed run leaves those of an unkilled one.
 
         Args:
-          stage: the stage that goes on; its rows with a larger step are dropped.
-          step: the last step that is kept.
-          later: stages all of whose rows are dropped.
+          stage: whose rows are to be `rows`.
+          rows: as `write` returned them.
+          later: stages whose rows are dropped.
         """
-        rows = read_metrics(self._workdir)
-        kept = [
-            row
-            for row in rows
-            if row['stage'] not in later and not (row['stage'] == stage and row['step'] > step)
-        ]
-        if len(kept) == len(rows):
+        before = read_metrics(self._workdir)
+        others = [row for row in before if row['stage'] not in (stage, *later)]
+        if before == [*others, *rows]:
             return
         opened = self._file is not None
         self.__exit__()
-        _rewrite(self._path, kept)
+        _rewrite(self._path, [*others, *rows])
         self._open_boards()
         if opened:
             self.__enter__()
@@ -156,25 +164,28 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
       CheckpointError: when any other line is damaged.
     """
     path = pathlib.Path(workdir) / 'metrics.jsonl'
-    return _parse(path.read_bytes(), path) if path.exists() else []
+    if not path.exists():
+        return []
+    rows, damaged = _parse(path.read_bytes())
+    if damaged:
+        raise CheckpointError(path, f'line {damaged[0]} is damaged; delete that line')
+    return rows
 
 
-def _parse(content: bytes, path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows, and the numbers of damaged lines other than a last one that is half written."""
+    rows, damaged = [], []
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not {'stage', 'step'} <= row.keys():
                 raise ValueError('no row')
+            rows.append(row)
         except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            if number == len(lines) and not content.endswith(b'\n'):
-                break
-            raise CheckpointError(
-                path, f'line {number} is damaged; delete that line and start again'
-            ) from None
-        rows.append(row)
-    return rows
+            if number < len(lines) or content.endswith(b'\n'):
+                damaged.append(number)
+    return rows, damaged
 
 
 def _rewrite(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -207,8 +218,17 @@ class _TensorBoard(NamedTuple):
     writer: Any
 
     def add(self, row: Mapping[str, Any]) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+
         for key, value in _numeric(row).items():
-            self.writer.add_scalar(f'{row["stage"]}/{key}', value, row['step'])
+            event = event_pb2.Event(
+                wall_time=time.time(),
+                step=row['step'],
+                summary=summary.scalar(f'{row["stage"]}/{key}', value),
+            )
+            self.writer.write_event(event)
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
@@ -217,18 +237,16 @@ class _TensorBoard(NamedTuple):
 def tensorboard(workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> Board:
     """TensorBoard event files in the workdir, made anew from the rows (with the present time; steps
     are what they were)."""
-    import tensorboardX  # takes 0.3 s, and not all who import this module write events
+    # It takes 0.3 s to import, and not all who import this module write events. Its SummaryWriter
+    # would write in a thread, whose errors nobody hears, and for which a full queue waits forever.
+    from tensorboardX import event_file_writer
 
     # Names contain the second. A writer that is opened within the same one would append.
     for path in list(workdir.glob(f'events.*{_EVENTS_SUFFIX}')):
         path.unlink()
-    writer = tensorboardX.SummaryWriter(
-        str(workdir), flush_secs=10, filename_suffix=_EVENTS_SUFFIX, write_to_disk=True
-    )
-    board = _TensorBoard(writer)
+    board = _TensorBoard(event_file_writer.EventsWriter(str(workdir / 'events'), _EVENTS_SUFFIX))
     for row in rows:
         board.add(row)
-    writer.flush()
     return board
 
 
@@ -246,7 +264,12 @@ class _WeightsAndBiases(NamedTuple):
         self.run.finish()
 
 
-def wandb(project: str, config: Mapping[str, Any], stages: Sequence[str]) -> OpenBoard:
+def wandb(
+    project: str,
+    config: Mapping[str, Any],
+    stages: Sequence[str],
+    say: Callable[[str], None] = lambda _: None,
+) -> OpenBoard:
     """Weights & Biases, in a project of that name.
 
     A run that goes on is the same run there, known by the id that `wandb.json` in its workdir
@@ -263,12 +286,12 @@ def wandb(project: str, config: Mapping[str, Any], stages: Sequence[str]) -> Ope
     def open_board(workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> Board:
         del rows
         known = workdir / 'wandb.json'
-        if not known.exists():
-            write_json(known, {'id': uuid.uuid4().hex[:12]})
+        same = read_json(known, say) or {'id': uuid.uuid4().hex[:12]}
+        write_json(known, same)
         run = weights_and_biases.init(
             project=project,
             name=workdir.name,
-            id=json.loads(known.read_text())['id'],
+            id=same['id'],
             resume='allow',
             dir=str(workdir),
             config=dict(config),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import socket
 from typing import Any
 
 import ml_collections
@@ -17,39 +21,99 @@ from jaxkd import errors
 PACKAGES = ('jaxkd', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the workdir this config's.
+@contextlib.contextmanager
+def claimed(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Makes the workdir this config's, and this process's as long as the context lasts.
+
+    The lock is the operating system's and ends with the process, however that ends. A config.json
+    that is damaged or missing is written anew: checkpoints know themselves what they depend on.
+
+    Args:
+      workdir: made if it is missing.
+      config: the run's.
+      say: is told what was damaged.
 
     Raises:
-      ConfigError: if it cannot be written, or belongs to a run with another config; the fields
-        that differ are named.
+      ConfigError: if the workdir cannot be written, if a process is at work there, or if it belongs
+        to a run with another config; the fields that differ are named.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK):
             raise PermissionError(f'no permission to write in {workdir}')
+        lock = open(workdir / '.lock', 'a+')  # noqa: SIM115 (closed below)
     except OSError as error:
         raise errors.ConfigError(
             '--workdir', str(workdir), why=f'it cannot be written: {error.strerror or error}'
         ) from None
-    if (workdir / 'config.json').exists():
-        _check_same(workdir, config)
-    else:
-        write_json(workdir / 'config.json', {'config': record(config), 'versions': versions()})
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or 'another process'
+            why = f'{holder} is at work there; wait for it, or take another workdir'
+            raise errors.ConfigError('--workdir', str(workdir), why=why) from None
+        except OSError as error:
+            say(f'{workdir}: cannot be locked ({error.strerror}); let no other run write there')
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+        lock.flush()
+        known = read_json(workdir / 'config.json', say)
+        if known:
+            _check_same(workdir, known['config'], config)
+        else:
+            write_json(workdir / 'config.json', {'config': record(config), 'versions': versions()})
+        yield
 
 
-def finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
-    """The report of a run that came to its end, or None. Raises like `claim`."""
-    if not (workdir / 'report.json').exists():
-        return None
-    _check_same(workdir, config)
-    return json.loads((workdir / 'report.json').read_text())
+def finished(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The report of a run that came to its end, or None.
+
+    Raises:
+      ConfigError: if it is that of a run with another config; the fields that differ are named.
+    """
+    report = read_json(workdir / 'report.json', say)
+    if report:
+        _check_same(workdir, report['config'], config)
+    return report
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all, with a SHA-256 of its own."""
     aside = path.with_suffix('.tmp')
-    aside.write_text(json.dumps(content, indent=2) + '\n')
+    with open(aside, 'w') as file:
+        file.write(json.dumps({**content, 'sha256': _digest(content)}, indent=2) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
+
+
+def read_json(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """What `write_json` wrote; None if there is none, or it is damaged and was set aside.
+
+    Raises:
+      CheckpointError: if it cannot be read, for lack of permission, say.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        whole = content.pop('sha256') == _digest(content)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise errors.CheckpointError(path, f'cannot be read: {error.strerror}') from None
+    except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, no object, no digest
+        whole = False
+    if whole:
+        return content
+    aside = path.with_name(f'{path.name}.damaged')
+    path.replace(aside)
+    say(f'{path}: is damaged; it was set aside as {aside.name} and is made again')
+    return None
 
 
 def record(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -68,13 +132,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_same(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    path = workdir / 'config.json'
-    try:
-        known = _flat(json.loads(path.read_text())['config'])
-    except (OSError, ValueError, KeyError) as error:
-        raise errors.CheckpointError(path, f'is no config of a run ({error})') from None
-    now = _flat(record(config))
+def _digest(content: Mapping[str, Any]) -> str:
+    # Of what comes back from JSON, where tuples are lists and keys are texts.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_same(
+    workdir: pathlib.Path, there: Mapping[str, Any], config: ml_collections.ConfigDict
+) -> None:
+    known, now = _flat(there), _flat(record(config))
     differing = [
         f'{key} ({known.get(key)!r} there, {now.get(key)!r} now)'
         for key in sorted(known.keys() | now.keys())

@@ -4,17 +4,19 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import checkpoint, data, models, watch
+from jaxkd import checkpoint, data, models, pipeline, watch
 from jaxkd.models import layers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -56,7 +58,7 @@ def finished(environment, tmp_path_factory):
 
 def _report(workdir):
     report = json.loads((workdir / 'report.json').read_text())
-    return {key: value for key, value in report.items() if key != 'seconds'} | {
+    return {key: value for key, value in report.items() if key not in ('seconds', 'sha256')} | {
         name: {k: v for k, v in report[name].items() if k != 'milliseconds'}
         for name in ('teacher', 'compact')
     }
@@ -145,24 +147,40 @@ def test_finished_run_prints_its_summary(finished, environment):
     assert time.monotonic() - start < 60
 
 
-def test_killed_runs_end_in_the_same_report(finished, environment, tmp_path):
-    """kill -9 once in each stage, at a moment when it has saved something."""
-    workdir = tmp_path / 'work'
-    for stage in ('teacher', 'search', 'distil'):
-        process = subprocess.Popen(
-            _command(workdir), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
-        )
+def test_stopped_and_damaged_runs_end_in_the_same_report(finished, environment, tmp_path):
+    """Once in each stage, at a moment when it has saved something; then something is damaged."""
+    workdir, stderr = tmp_path / 'work', tmp_path / 'stderr'
+    manifest = os.path.join('tree', 'manifest.ocdbt')
+    for stage, number in (
+        ('teacher', signal.SIGKILL),
+        ('search', signal.SIGTERM),
+        ('distil', signal.SIGKILL),
+    ):
+        with open(stderr, 'w') as file:
+            process = subprocess.Popen(_command(workdir), env=environment, cwd=ROOT, stderr=file)
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if any(entry.name.isdigit() for entry in (workdir / stage).glob('*')):
                 break
             time.sleep(0.02)
         assert process.poll() is None, f'the run ended before {stage} saved a state'
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
         process.wait()
+        if stage == 'teacher':
+            (workdir / 'config.json').write_text('{"config": {"seed": 1}}')
+        elif stage == 'search':
+            assert process.returncode == 143
+            last = stderr.read_text().splitlines()[-1]
+            assert 'SIGTERM after step' in last and 'the same command goes on' in last
+            newest = max(int(p.name) for p in (workdir / stage).glob('*') if p.name.isdigit())
+            (workdir / stage / str(newest) / manifest).unlink()
+            (workdir / 'metrics.jsonl').write_text('{"stage": "teacher", "step": 4}\n{}\n')
+        else:
+            # The teacher's last steps are taken again, and what came after it stays.
+            (workdir / 'teacher' / 'result' / manifest).unlink()
     done = _run(environment, workdir)
     assert done.returncode == 0, done.stderr
-    assert 'going on at step' in done.stderr
+    assert 'result.damaged' in done.stderr and 'distil: going on at step' in done.stderr
     assert _report(workdir) == _report(finished[0])
 
     def rows(directory):
@@ -172,6 +190,20 @@ def test_killed_runs_end_in_the_same_report(finished, environment, tmp_path):
         ]
 
     assert rows(workdir) == rows(finished[0])
+
+
+def test_a_damaged_result_is_no_finished_run(finished, tmp_path):
+    workdir, said = tmp_path / 'work', []
+    shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns('teacher', 'search'))
+    config = ml_collections.ConfigDict(json.loads((workdir / 'report.json').read_text())['config'])
+    found = pipeline.finished(config, workdir, said.append)
+    assert found['compact'] == json.loads((workdir / 'report.json').read_text())['compact']
+    assert not said
+    (workdir / 'compact' / 'metadata' / 'metadata').write_text('{')
+    assert pipeline.finished(config, workdir, said.append) is None
+    (workdir / 'report.json').write_text('{')
+    assert pipeline.finished(config, workdir, said.append) is None
+    assert len(said) == 2 and 'work/compact: ' in said[0] and 'report.json.damaged' in said[1]
 
 
 def _refused(environment, workdir, *flags, status=2):
@@ -194,6 +226,8 @@ def _refused(environment, workdir, *flags, status=2):
         (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
         (['--config.blocks=automatic'], ["'auto'", 'tuple of pairs']),
         (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
+        (['--config.on_nan=retry'], ['on_nan', 'rollback']),
+        (['--config.distil.choose=first'], ['distil.choose', 'best']),
         (['--config.search.alternations=2'], ['search.alternations', 'search.expand=True']),
         (['--config.search.expand_from=1.5'], ['search.expand_from', '(0, 1)']),
         (

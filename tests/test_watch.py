@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -76,11 +77,15 @@ def test_what_is_no_row_is_refused_and_leaves_no_trace(bad, tmp_path):
 
 
 def test_a_resumed_run_leaves_what_an_unkilled_one_leaves(tmp_path):
+    stages = ['teacher', 'search']
+
     def run(workdir, stage, start, stop):
+        before = [row(stage, step, step / 8) for step in range(1, start + 1)]
         with watch.MetricsLog(workdir) as log:
-            log.rewind(stage, start, later=['search', 'distil'] if stage == 'teacher' else [])
+            log.put(stage, before, later=stages[stages.index(stage) + 1 :])
             for step in range(start + 1, stop + 1):
-                log.write(row(stage, step, step / 8))
+                written = log.write(row(stage, step, step / 8))
+                assert log.rows(stage)[-1] == written
 
     run(tmp_path / 'whole', 'teacher', 0, 5)
     run(tmp_path / 'whole', 'search', 0, 4)
@@ -102,11 +107,16 @@ def test_a_resumed_run_leaves_what_an_unkilled_one_leaves(tmp_path):
     assert {path.name.split('.')[0] for path in killed.iterdir()} == {'metrics', 'events'}
 
 
-def test_other_damage_is_reported_not_dropped(tmp_path):
+def test_damaged_lines_are_reported_and_put_right_by_whoever_has_the_rows(tmp_path):
     good = json.dumps(row('a', 1))
     (tmp_path / 'metrics.jsonl').write_text(f'{good}\n{good[:9]}\n{good}\n')
     with pytest.raises(errors.CheckpointError, match='metrics.jsonl: line 2 is damaged'):
-        watch.MetricsLog(tmp_path)
+        watch.read_metrics(tmp_path)
+    said = []
+    with watch.MetricsLog(tmp_path, said.append) as log:
+        assert len(said) == 1 and 'metrics.jsonl: line 2 is damaged' in said[0]
+        log.put('a', [row('a', 1), row('a', 3)])
+    assert watch.read_metrics(tmp_path) == [row('a', 1), row('a', 3)]
     # A whole line that lacks nothing but its end is kept.
     (tmp_path / 'metrics.jsonl').write_text(f'{good}\n{good}')
     with watch.MetricsLog(tmp_path) as log:
@@ -182,6 +192,23 @@ def test_a_stopwatch_tells_waiting_and_compiling_from_steps(monkeypatch):
     stopwatch.start()
     now[0] += 1.0
     assert stopwatch.read(1, 8)['data_seconds'] == stopwatch.read(1, 8)['compile_seconds'] == 0
+
+
+def test_a_full_disk_is_heard_of_at_once(tmp_path):
+    """A limit on the size of files stands for it: of the log, and of the event files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    values = {f'value_{i}': 0.1 for i in range(20)}  # fill more of the event file
+    for many in ({}, values):
+        workdir = tmp_path / str(len(many))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+            with pytest.raises(OSError, match='large'), watch.MetricsLog(workdir) as log:
+                for step in range(100):
+                    log.write(row('a', step) | many)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        rows = watch.read_metrics(workdir)
+        assert rows == [row('a', step) | many for step in range(len(rows))] != []
 
 
 # Progress

@@ -1,0 +1,65 @@
+"""The folder of a run: one process at a time, and records that are whole or made again."""
+
+import json
+import os
+import shutil
+
+import ml_collections
+import pytest
+
+from jaxkd import errors, workdir
+
+CONFIG = ml_collections.ConfigDict({'seed': 0, 'blocks': (('a', {'strength': 2.0}),)})
+
+
+def test_one_process_at_a_time(tmp_path):
+    said = []
+    with workdir.claimed(tmp_path / 'new', CONFIG, said.append):
+        words = f'process {os.getpid()} on .* is at work there'
+        with (
+            pytest.raises(errors.ConfigError, match=words),
+            workdir.claimed(tmp_path / 'new', CONFIG, said.append),
+        ):
+            pass
+    with workdir.claimed(tmp_path / 'new', CONFIG, said.append):
+        pass
+    other = ml_collections.ConfigDict({**CONFIG, 'seed': 1})
+    with (
+        pytest.raises(errors.ConfigError, match=r'seed \(0 there, 1 now\)'),
+        workdir.claimed(tmp_path / 'new', other, said.append),
+    ):
+        pass
+    assert said == []
+
+
+@pytest.mark.parametrize('place', ['"seed": 0', '"jax"', '"sha256"', '{', None])
+def test_a_damaged_record_is_set_aside_and_made_again(tmp_path, place):
+    said, path = [], tmp_path / 'config.json'
+    with workdir.claimed(tmp_path, CONFIG, said.append):
+        before = path.read_text()
+    assert workdir.read_json(path, said.append) == {
+        'config': workdir.record(CONFIG),
+        'versions': workdir.versions(),
+    }
+    damaged = before.replace(place, place.replace(place[-2:], '9')) if place else ''
+    path.write_text(damaged)
+    with workdir.claimed(tmp_path, CONFIG, said.append):
+        assert path.read_text() == before
+    assert len(said) == 1 and 'config.json.damaged' in said[0]
+    assert (tmp_path / 'config.json.damaged').read_text() == damaged != before
+
+
+def test_a_finished_run_is_known_by_its_report(tmp_path):
+    assert workdir.finished(tmp_path, CONFIG, print) is None
+    report = {'config': workdir.record(CONFIG), 'accuracy': 0.1 + 0.2, 'shares': (1, 2)}
+    workdir.write_json(tmp_path / 'report.json', report)
+    assert workdir.finished(tmp_path, CONFIG, print) == json.loads(json.dumps(report))
+    with pytest.raises(errors.ConfigError, match='seed'):
+        workdir.finished(tmp_path, ml_collections.ConfigDict({'seed': 3}), print)
+    said = []
+    (tmp_path / 'report.json').write_bytes(b'\xff\x00')
+    assert workdir.finished(tmp_path, CONFIG, said.append) is None
+    assert 'report.json.damaged' in said[0]
+    shutil.rmtree(tmp_path)
+    (tmp_path).write_text('a file')
+    assert workdir.finished(tmp_path, CONFIG, print) is None

@@ -1,0 +1,42 @@
+"""Data sets by name, batches in a fixed order, and augmentation on the device.
+
+A data set that fits into memory is decoded once and indexed from then on; a larger one is decoded
+when it is asked for. Either way a `Split` says how many images there are, what they show, and how
+to get at them:
+
+    train = load('fashion_mnist', 'train', seed=0, labels=5000)
+    mean, std = statistics(train)
+    for indices in epoch_order(train.size, 128, seed=0, epoch=0):
+        images = augment(key, train.fetch(indices), padding=2, flip=True)
+        images = normalize(images, mean, std)
+
+`digits` needs no download. The others are read with tensorflow-datasets, without TensorFlow, from
+data that are already prepared as array_record files; nothing here ever downloads.
+
+    python -m jaxkd.data list
+    python -m jaxkd.data prepare fashion_mnist --from DIR
+"""
+
+from jaxkd.data.augmentation import augment
+from jaxkd.data.catalogue import Info, info
+from jaxkd.data.command import main
+from jaxkd.data.fashion_mnist import prepare_fashion_mnist
+from jaxkd.data.loading import load
+from jaxkd.data.order import epoch_order, eval_batches
+from jaxkd.data.scaling import normalize, statistics
+from jaxkd.data.split import PARTS, Split
+
+__all__ = [
+    'PARTS',
+    'Info',
+    'Split',
+    'augment',
+    'epoch_order',
+    'eval_batches',
+    'info',
+    'load',
+    'main',
+    'normalize',
+    'prepare_fashion_mnist',
+    'statistics',
+]

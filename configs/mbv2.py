@@ -54,6 +54,14 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'dir': config_dict.placeholder(str),  # of tensorflow-datasets
                 'padding': 1,  # random shifts by up to so many pixels
                 'flip': True,  # where it keeps the label's meaning
+                # Done on the device, to the view that the teacher sees, too; nothing by default.
+                'augment': {
+                    'color_jitter': 0.0,  # strength; 0.4 is usual
+                    'trivial_augment': False,
+                    'erasing': 0.0,  # probability; 0.25 is usual
+                    'mixup': 0.0,  # α of Beta(α, α); 0.2 is usual
+                    'cutmix': 0.0,  # likewise; 1.0 is usual; with both, one of the two an image
+                },
             },
             'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
             # Or 'auto', or pairs of a pattern over parameter paths and settings: strength,

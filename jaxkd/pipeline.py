@@ -152,7 +152,11 @@ def prepared(
             train=train.put(learning, mesh),
             validation=train.put(validation, mesh),
             preprocessing=train.Preprocessing(
-                mean, std, config.data.padding, plan.info.flip and config.data.flip
+                mean,
+                std,
+                config.data.padding,
+                plan.info.flip and config.data.flip,
+                data.make_augmentation(config.data.augment),
             ),
             log=log,
             display=display,
@@ -178,6 +182,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
+    data.make_augmentation(config.data.augment)
     _check_expansion(config)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)

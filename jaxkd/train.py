@@ -60,12 +60,14 @@ class Preprocessing(NamedTuple):
       mean, std: float32 [channels], of pixels in [0, 1].
       padding: pixels of zeros around the image that a random crop is taken from, in training.
       flip: whether to mirror at random, in training.
+      augmentation: what else is done to images, in training.
     """
 
     mean: np.ndarray
     std: np.ndarray
     padding: int
     flip: bool
+    augmentation: data.Augmentation = data.Augmentation()
 
 
 def make_mesh() -> sharding.Mesh:
@@ -171,7 +173,8 @@ def make_train_step(
     `batch` is what `batches` yields. `teacher_variables` are {} without a teacher; the teacher
     runs in eval mode and sees the student's view. `extra` are further arguments of `tx.update`.
     `fold` makes the parameters that the model sees of those that are trained.
-    Metrics are float32 []: the batch's mean loss and accuracy. The state is donated.
+    Metrics are float32 []: the batch's mean loss and accuracy, where an answer to a mixed image is
+    right by the share of the image that it names. The state is donated.
 
     The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
     and gradients are those of the whole batch, however many devices there are.
@@ -187,6 +190,8 @@ def make_train_step(
         views = data.augment(
             view_key, images, padding=preprocessing.padding, flip=preprocessing.flip
         )
+        # 0 and 1 would be the keys that `augment` splits its own into.
+        views, share = data.vary(jax.random.fold_in(view_key, 2), views, preprocessing.augmentation)
         inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
         with cpu.fast_convolutions():
             teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
@@ -202,7 +207,8 @@ def make_train_step(
                     rngs={'dropout': dropout_key},
                 )
                 logits = logits.astype(jnp.float32)
-                return jnp.mean(loss(logits, teacher_logits, labels)), (logits, new)
+                value = _shared(lambda y: loss(logits, teacher_logits, y), labels, share)
+                return jnp.mean(value), (logits, new)
 
             grad = jax.value_and_grad(objective, has_aux=True)
             (value, (logits, new)), gradients = grad(state.params)
@@ -216,13 +222,23 @@ def make_train_step(
             state.ema,
             {'params': params, 'batch_stats': batch_stats},
         )
-        metrics = {
-            'loss': value,
-            'accuracy': jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32),
-        }
+        right = _shared(lambda y: jnp.argmax(logits, -1) == y, labels, share)
+        metrics = {'loss': value, 'accuracy': jnp.mean(right, dtype=jnp.float32)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
+def _shared(
+    value: Callable[[jax.Array], jax.Array], labels: jax.Array, share: jax.Array | None
+) -> jax.Array:
+    """`value(labels)` for each example; of mixed ones that of both labels, by their shares.
+
+    For cross-entropy this is that with the mixture of the labels, in which it is linear.
+    """
+    if share is None:
+        return value(labels)
+    return share * value(labels) + (1 - share) * value(data.partners(labels))
 
 
 def make_eval_step(

@@ -17,7 +17,18 @@ data that are already prepared as array_record files; nothing here ever download
     python -m jaxkd.data prepare fashion_mnist --from DIR
 """
 
-from jaxkd.data.augmentation import augment
+from jaxkd.data.augmentation import (
+    Augmentation,
+    augment,
+    color_jitter,
+    cutmix,
+    make_augmentation,
+    mixup,
+    partners,
+    random_erasing,
+    trivial_augment,
+    vary,
+)
 from jaxkd.data.catalogue import Info, info
 from jaxkd.data.command import main
 from jaxkd.data.fashion_mnist import prepare_fashion_mnist
@@ -28,15 +39,24 @@ from jaxkd.data.split import PARTS, Split
 
 __all__ = [
     'PARTS',
+    'Augmentation',
     'Info',
     'Split',
     'augment',
+    'color_jitter',
+    'cutmix',
     'epoch_order',
     'eval_batches',
     'info',
     'load',
     'main',
+    'make_augmentation',
+    'mixup',
     'normalize',
+    'partners',
     'prepare_fashion_mnist',
+    'random_erasing',
     'statistics',
+    'trivial_augment',
+    'vary',
 ]

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, errors, train, watch
+from jaxkd import checkpoint, data, errors, train, watch
 from jaxkd.graph.trace import Keep
 
 
@@ -28,6 +28,7 @@ class Setup(NamedTuple):
       train, validation: the examples.
       preprocessing: how images become inputs.
       log, display: where metrics go.
+      load: hands out a part of the data set, by its name.
     """
 
     config: ml_collections.ConfigDict
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     preprocessing: train.Preprocessing
     log: watch.MetricsLog
     display: watch.Display
+    load: Callable[[str], data.Split]
 
 
 class Network(NamedTuple):
@@ -179,6 +181,7 @@ def fit(
             seed=setup.config.seed,
             start=start,
             stop=steps,
+            crops=True,
         )
 
         def validate() -> dict[str, float]:

@@ -37,7 +37,9 @@ def main(arguments: list[str]) -> int:
 
     cpu.hold_memory()
     config = _CONFIG.value
-    workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
+    workdir = _WORKDIR.value or os.path.join(
+        'runs', os.path.basename(os.path.normpath(config.data.name))
+    )
     finished = os.path.exists(os.path.join(workdir, 'report.json'))
     try:
         report = pipeline.run(config, workdir)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from jaxkd import cpu, data
 
 P = sharding.PartitionSpec
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+# Batches on their way to the device while one is computed with.
+AHEAD = 1
 # (trained parameters, key in training or None) → the parameters that the model is applied to.
 Fold = Callable[[Any, jax.Array | None], Any]
 
@@ -330,9 +334,12 @@ def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[A
 
 
 def make_batch(
-    examples: Examples, indices: np.ndarray, mesh: sharding.Mesh
+    examples: Examples, indices: np.ndarray, mesh: sharding.Mesh, images: np.ndarray | None = None
 ) -> dict[str, jax.Array]:
-    """The batch of the examples `indices`: gathered on the device if the images are there."""
+    """The batch of the examples `indices`: gathered on the device if the images are there.
+
+    Otherwise they are `images`, or fetched as evaluation sees them.
+    """
     split = sharding.NamedSharding(mesh, P('data'))
     if examples.images is not None:
         return {
@@ -340,24 +347,41 @@ def make_batch(
             'labels': examples.labels,
             'indices': jax.device_put(indices, split),
         }
+    if images is None:
+        images = examples.split.fetch(indices)
     return {
-        'images': jax.device_put(examples.split.fetch(indices), split),
+        'images': jax.device_put(images, split),
         'labels': jax.device_put(examples.split.labels[indices], split),
     }
 
 
 def batches(
-    examples: Examples, batch_size: int, mesh: sharding.Mesh, *, seed: int, start: int, stop: int
-) -> Iterable[dict[str, jax.Array]]:
-    """The batches of the steps from `start` to `stop`: a function of the seed and the step."""
-    per_epoch = steps_per_epoch(examples.split.size, batch_size)
-    order, known = None, None
-    for step in range(start, stop):
-        epoch, position = divmod(step, per_epoch)
-        if epoch != known:
-            order = data.epoch_order(examples.split.size, batch_size, seed=seed, epoch=epoch)
-            known = epoch
-        yield make_batch(examples, order[position], mesh)
+    examples: Examples,
+    batch_size: int,
+    mesh: sharding.Mesh,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    crops: bool = False,
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `start` to `stop`: a function of the seed and the step.
+
+    With `crops`, images that are decoded when they are asked for are seen as in training, and are
+    read ahead; see `data.load`.
+    """
+    steps = data.Steps(examples.split.size, batch_size, seed, start, stop)
+    if not crops or examples.split.files is None:
+        for _, indices in steps:
+            yield make_batch(examples, indices, mesh)
+        return
+    with contextlib.closing(data.read_ahead(examples.split.files, steps, seed=seed)) as images:
+        ahead = collections.deque()
+        for (_, indices), read in zip(steps, images, strict=True):
+            ahead.append(make_batch(examples, indices, mesh, read))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft()
+        yield from ahead
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:

@@ -14,6 +14,8 @@ import ml_collections
 
 from jaxkd import errors
 
+# Names the images that could not be read; there is none where all could.
+CORRUPT_IMAGES = 'corrupt_images.json'
 PACKAGES = ('jaxkd', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -44,6 +46,12 @@ def finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[s
         return None
     _check_same(workdir, config)
     return json.loads((workdir / 'report.json').read_text())
+
+
+def corrupt_images(workdir: pathlib.Path) -> dict[str, str]:
+    """The images that this run could not read, by name why not."""
+    path = workdir / CORRUPT_IMAGES
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -10,8 +10,9 @@ to get at them:
         images = augment(key, train.fetch(indices), padding=2, flip=True)
         images = normalize(images, mean, std)
 
-`digits` needs no download. The others are read with tensorflow-datasets, without TensorFlow, from
-data that are already prepared as array_record files; nothing here ever downloads.
+`digits` needs no download. `folder:PATH` is a folder of images, with a folder for each class. The
+others are read with tensorflow-datasets, without TensorFlow, from data that are already prepared as
+array_record files; nothing here ever downloads.
 
     python -m jaxkd.data list
     python -m jaxkd.data prepare fashion_mnist --from DIR
@@ -31,17 +32,22 @@ from jaxkd.data.augmentation import (
 )
 from jaxkd.data.catalogue import Info, info
 from jaxkd.data.command import main
+from jaxkd.data.corrupt import CorruptImages
 from jaxkd.data.fashion_mnist import prepare_fashion_mnist
+from jaxkd.data.files import Files, read_ahead
 from jaxkd.data.loading import load
-from jaxkd.data.order import epoch_order, eval_batches
+from jaxkd.data.order import Steps, epoch_order, eval_batches
 from jaxkd.data.scaling import normalize, statistics
 from jaxkd.data.split import PARTS, Split
 
 __all__ = [
     'PARTS',
     'Augmentation',
+    'CorruptImages',
+    'Files',
     'Info',
     'Split',
+    'Steps',
     'augment',
     'color_jitter',
     'cutmix',
@@ -56,6 +62,7 @@ __all__ = [
     'partners',
     'prepare_fashion_mnist',
     'random_erasing',
+    'read_ahead',
     'statistics',
     'trivial_augment',
     'vary',

@@ -7,6 +7,7 @@ import importlib.util
 import pathlib
 from typing import NamedTuple
 
+from jaxkd.data import folder
 from jaxkd.errors import ConfigError
 
 
@@ -79,14 +80,29 @@ CATALOGUE = {
 }
 
 
-def info(name: str) -> Info:
+def info(name: str, image_size: int | None = None) -> Info:
     """Describes a data set without reading it.
 
+    Args:
+      name: in the catalogue, or 'folder:' and the path of a folder of images.
+      image_size: height and width of what is made of a folder's images, which have three channels;
+        None for others.
+
     Raises:
-      ConfigError: for a name that is not in the catalogue.
+      ConfigError: for a name that is not in the catalogue, a folder without classes, and an
+        image_size that is missing or given to a data set that has its own.
     """
+    if folder.is_folder(name):
+        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+            why = 'say how many pixels high and wide the images of a folder are to be, such as 224'
+            raise ConfigError('data.image_size', image_size, why=why)
+        names = folder.class_names(name)
+        return Info(name, (image_size, image_size, 3), len(names), names, flip=True)
     if name not in CATALOGUE:
-        raise ConfigError('data.name', name, allowed=CATALOGUE)
+        raise ConfigError('data.name', name, allowed=[*CATALOGUE, 'folder:PATH'])
+    if image_size is not None:
+        why = f'{name} has a size of its own; this is for folders of images'
+        raise ConfigError('data.image_size', image_size, why=why)
     entry = CATALOGUE[name]
     names = entry.class_names()
     return Info(name, entry.image_shape, len(names), names, entry.flip)

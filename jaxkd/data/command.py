@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxkd.data import fashion_mnist, prepared
+from jaxkd.data import fashion_mnist, folder, prepared
 from jaxkd.data.catalogue import CATALOGUE, info
 from jaxkd.errors import ConfigError, JaxkdError
 
@@ -14,18 +14,24 @@ def _list(data_dir: str | None) -> None:
     """Prints the catalogue, and where each data set is."""
     print(f'{"name":<14}{"train + test images":>22}  {"shape":<11}{"classes":>7}  prepared in')
     for name, entry in CATALOGUE.items():
-        folder = None if name == 'digits' else prepared.find(name, data_dir)
-        where = 'nothing to prepare: comes with scikit-learn' if name == 'digits' else folder or '-'
+        found = None if name == 'digits' else prepared.find(name, data_dir)
+        where = 'nothing to prepare: comes with scikit-learn' if name == 'digits' else found or '-'
         train, test = entry.sizes
         shape = 'x'.join(str(size) for size in entry.image_shape)
         classes = len(entry.class_names())
         print(f'{name:<14}{f"{train:,} + {test:,}":>22}  {shape:<11}{classes:>7}  {where}')
     print(f'\nPrepared data are looked for in {prepared.data_root(data_dir)}.')
+    print(
+        'Images of your own: folder:PATH, with PATH/train/CLASS/IMAGE, and PATH/val or PATH/test '
+        'likewise.'
+    )
 
 
 def _prepare(name: str, source: str, data_dir: str | None) -> None:
-    about = info(name)
-    if about.name == 'digits':
+    if folder.is_folder(name):
+        print(f'{name}: nothing to prepare, images of folders are read as they are')
+        return
+    if info(name).name == 'digits':
         print('digits: nothing to prepare, it comes with scikit-learn')
         return
     found = prepared.find(name, data_dir)
@@ -36,14 +42,14 @@ def _prepare(name: str, source: str, data_dir: str | None) -> None:
             why='it cannot be prepared from here; '
             + prepared.how_to_prepare(name, prepared.data_root(data_dir)),
         )
-    folder = (
+    where = (
         fashion_mnist.prepare_fashion_mnist(source, data_dir) if name == 'fashion_mnist' else found
     )
     counts = [
-        prepared.open_split(name, folder, split)[0] for split in ('train', CATALOGUE[name].test)
+        prepared.open_split(name, where, split)[0] for split in ('train', CATALOGUE[name].test)
     ]
     print(
-        f'{name}: {"already " if found else ""}prepared in {folder}: '
+        f'{name}: {"already " if found else ""}prepared in {where}: '
         f'{counts[0]:,} training and {counts[1]:,} test images'
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -18,8 +20,15 @@ def epoch_order(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndar
     Raises:
       ConfigError: when there are fewer images than one batch holds.
     """
-    _check_batch_size(batch_size)
     check_seed('seed', seed)
+    steps = _steps(size, batch_size)
+    order = np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def _steps(size: int, batch_size: int) -> int:
+    """Steps in an epoch."""
+    _check_batch_size(batch_size)
     if size < batch_size:
         raise ConfigError(
             'batch_size',
@@ -27,9 +36,36 @@ def epoch_order(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndar
             why=f'the training part has only {size} images; use a batch_size of at most {size}, '
             'or keep more labels',
         )
-    order = np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
-    steps = size // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    return size // batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps from `start` to `stop` of a training: a sequence of (step, indices int32 [batch]).
+
+    Each is a function of the step alone, so that a resumed run reads what an unkilled one would.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray]:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        step = self.start + place
+        epoch, position = divmod(step, _steps(self.size, self.batch_size))
+        return step, _known_order(self.size, self.batch_size, self.seed, epoch)[position]
+
+
+@functools.lru_cache(maxsize=2)
+def _known_order(size: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    return epoch_order(size, batch_size, seed=seed, epoch=epoch)
 
 
 def eval_batches(size: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:

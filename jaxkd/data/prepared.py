@@ -6,7 +6,6 @@ from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import functools
-import io
 import math
 import os
 import pathlib
@@ -14,17 +13,32 @@ from typing import Any
 
 import numpy as np
 
+from jaxkd.data import decoding
 from jaxkd.data.catalogue import CATALOGUE
+from jaxkd.data.corrupt import CorruptImages
+from jaxkd.data.files import Files
 from jaxkd.data.progress import Progress
-from jaxkd.data.split import Split, in_memory
+from jaxkd.data.split import Split, from_files, in_memory
 from jaxkd.errors import ConfigError, JaxkdError
 
 # A split of at most this many bytes as uint8 is held in memory.
 MEMORY_LIMIT = 2 * 1024**3
 
 
-def read(name: str, part: str, data_dir: str | os.PathLike | None) -> Split:
-    """Reads the whole training or test split of a data set; `part` is 'train' or 'test'."""
+def read(
+    name: str,
+    part: str,
+    data_dir: str | os.PathLike | None,
+    *,
+    crop: float,
+    workers: int,
+    corrupt: CorruptImages,
+) -> Split:
+    """Reads the whole training or test split of a data set; `part` is 'train' or 'test'.
+
+    One that does not fit into memory is read when it is asked for; `crop`, `workers` and `corrupt`
+    say how, see `Files`.
+    """
     entry = CATALOGUE[name]
     split = entry.test if part == 'test' else 'train'
     folder = find(name, data_dir)
@@ -44,21 +58,43 @@ def read(name: str, part: str, data_dir: str | os.PathLike | None) -> Split:
         )
         return in_memory(arrays[0], arrays[1].astype(np.int32))
 
-    source = open_source()
     (labels,) = _cached(
         [folder / f'jaxkd-{split}-labels.npy'],
         [(size,)],
-        lambda: [_read_labels(source, size, name, folder, split)],
+        lambda: [_read_labels(open_source(), size, name, folder, split)],
     )
-    pool = futures.ThreadPoolExecutor(os.cpu_count())
+    return from_files(
+        Files(
+            read=functools.partial(_encoded, name, folder, split),
+            name=functools.partial(_title, name, split),
+            places=np.arange(size),
+            labels=labels.astype(np.int32),
+            shape=entry.image_shape,
+            shorter=_shorter(entry.image_shape),
+            crop=crop,
+            workers=workers,
+            corrupt=corrupt,
+        )
+    )
 
-    def fetch(indices: np.ndarray) -> np.ndarray:
-        records = _records(source, np.asarray(indices), name, folder)
-        decode = functools.partial(_decode, name=name, folder=folder)
-        images = list(pool.map(decode, [record['image'] for record in records]))
-        return np.stack(images) if images else np.zeros((0, *entry.image_shape), np.uint8)
 
-    return Split(size, labels.astype(np.int32), fetch, None)
+def _encoded(name: str, folder: pathlib.Path, split: str, place: int) -> bytes:
+    (record,) = _records(_source(name, folder, split), np.array([place]), name, folder)
+    return record['image']
+
+
+@functools.cache
+def _source(name: str, folder: pathlib.Path, split: str) -> Any:
+    return open_split(name, folder, split)[1]()
+
+
+def _title(name: str, split: str, place: int) -> str:
+    return f'image {place} of {name} {split}'
+
+
+def _shorter(shape: tuple[int, int, int]) -> int:
+    """Pixels of the shorter side from which the centre is cropped; 256 of 224, as is usual."""
+    return round(max(shape[:2]) * 256 / 224)
 
 
 def data_root(data_dir: str | os.PathLike | None) -> pathlib.Path:
@@ -165,30 +201,13 @@ def _records(source: Any, indices: np.ndarray, name: str, folder: pathlib.Path) 
 
 def _decode(encoded: bytes, *, name: str, folder: pathlib.Path) -> np.ndarray:
     """Decodes an image to uint8 `image_shape`."""
-    from PIL import Image
-
     entry = CATALOGUE[name]
-    height, width, channels = entry.image_shape
     try:
-        image = Image.open(io.BytesIO(encoded))
         if entry.resize:
-            shorter = round(max(height, width) * 256 / 224)
-            # Lets a JPEG decode at 1/2, 1/4 or 1/8 scale where that is still large enough.
-            image.draft('RGB', (shorter, shorter))
-        image = image.convert('L' if channels == 1 else 'RGB')
-        if entry.resize:
-            scale = shorter / min(image.size)
-            size = [max(shorter, round(side * scale)) for side in image.size]
-            image = image.resize(size, Image.Resampling.BILINEAR)
-            left, top = (size[0] - width) // 2, (size[1] - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        array = np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
+            return decoding.centre(encoded, entry.image_shape, _shorter(entry.image_shape))
+        return decoding.decode(encoded, entry.image_shape)
     except Exception as error:
         raise _unreadable(name, folder, error) from error
-    if array.shape != entry.image_shape:
-        shape = ValueError(f'an image of shape {array.shape}, {entry.image_shape} expected')
-        raise _unreadable(name, folder, shape)
-    return array
 
 
 def _decode_all(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxkd.data import files as reading
 
 PARTS = ('train', 'validation', 'test')
 
@@ -18,28 +21,34 @@ class Split(NamedTuple):
       labels: int32 [size].
       fetch: indices int [n] -> images uint8 [n, height, width, channels], a new array.
       images: uint8 [size, height, width, channels] where the part is held in memory, else None.
+      files: where images that are decoded when they are asked for come from, else None. `fetch`
+        hands them out as evaluation sees them; training may see other crops, see `read_ahead`.
     """
 
     size: int
     labels: np.ndarray
     fetch: Callable[[np.ndarray], np.ndarray]
     images: np.ndarray | None
+    files: reading.Files | None = None
 
 
 def subset(whole: Split, chosen: np.ndarray) -> Split:
     """The images of `whole` at the indices `chosen`, int [n]."""
     if whole.images is not None:
         return in_memory(whole.images[chosen], whole.labels[chosen])
-    return Split(
-        len(chosen),
-        whole.labels[chosen],
-        lambda indices: whole.fetch(chosen[np.asarray(indices)]),
-        None,
+    files = whole.files
+    return from_files(
+        files._replace(places=files.places[chosen], labels=files.labels[chosen]),
     )
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(len(images), labels, lambda indices: images[np.asarray(indices)], images)
+
+
+def from_files(files: reading.Files) -> Split:
+    fetch = functools.partial(reading.fetch, files)
+    return Split(len(files.labels), files.labels, fetch, None, files)
 
 
 def stratified(labels: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:

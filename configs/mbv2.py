@@ -52,8 +52,21 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'labels': config_dict.placeholder(int),  # keep so many training examples
                 'validation': 0.1,  # share of the training split
                 'dir': config_dict.placeholder(str),  # of tensorflow-datasets
+                'image_size': config_dict.placeholder(int),  # of a folder's images, in pixels
+                # Of images that are decoded when they are read, those of folders and ImageNet:
+                'crop': 0.08,  # least share of the area that a random crop shows; 1.0: the centre
+                'workers': 0,  # processes that read ahead; 0 for threads of the main process
+                'corrupt_limit': 10,  # so many that cannot be read are replaced, no more
                 'padding': 1,  # random shifts by up to so many pixels
                 'flip': True,  # where it keeps the label's meaning
+                # Done on the device, to the view that the teacher sees, too; nothing by default.
+                'augment': {
+                    'color_jitter': 0.0,  # strength; 0.4 is usual
+                    'trivial_augment': False,
+                    'erasing': 0.0,  # probability; 0.25 is usual
+                    'mixup': 0.0,  # α of Beta(α, α); 0.2 is usual
+                    'cutmix': 0.0,  # likewise; 1.0 is usual; with both, one of the two an image
+                },
             },
             'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
             # Or 'auto', or pairs of a pattern over parameter paths and settings: strength,
@@ -179,7 +192,7 @@ def _cifar(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 def _imagenet(config: ml_collections.ConfigDict) -> None:
-    config.data.update(name='imagenet2012', padding=16, validation=0.02)
+    config.data.update(name='imagenet2012', padding=0, validation=0.02, workers=8)
     config.model.arguments.update(stem_stride=2, strides=(1, 2, 2, 2, 1, 2, 1))
     _lengths(
         config,

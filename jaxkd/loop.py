@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, device, errors, stopping, train, watch
+from jaxkd import checkpoint, data, device, errors, stopping, train, watch
 from jaxkd import progress as reaching
 from jaxkd.graph.trace import Keep
 
@@ -41,6 +41,7 @@ class Setup(NamedTuple):
       preprocessing: how images become inputs.
       chance: the cross-entropy of guessing.
       log, display: where metrics go.
+      load: hands out a part of the data set, by its name.
       stops: what signals have asked for.
       profile: whether to write a trace of some steps of each stage.
     """
@@ -55,6 +56,7 @@ class Setup(NamedTuple):
     chance: float
     log: watch.MetricsLog
     display: watch.Display
+    load: Callable[[str], data.Split]
     stops: stopping.Requests
     profile: bool = False
 
@@ -270,6 +272,7 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
         seed=setup.config.seed,
         start=start,
         stop=steps,
+        crops=True,
     )
     stopwatch = watch.Stopwatch()
     batches = stopwatch.waiting(batches)

@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
     cpu.hold_memory()
     device.keep_compiled()
     config = _CONFIG.value
-    workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
+    folder = os.path.basename(os.path.normpath(config.data.name))
+    workdir = _WORKDIR.value or os.path.join('runs', folder)
     stops = stopping.Requests()
     try:
         with stops.listening(workdir):

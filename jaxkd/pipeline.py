@@ -155,15 +155,20 @@ def prepared(
 ) -> Iterator[loop.Setup]:
     """The data on the devices, the workdir claimed, the log and the display open."""
     mesh = train.make_mesh()
-    draw = functools.partial(
+    corrupt = data.CorruptImages(config.data.corrupt_limit)
+    load = functools.partial(
         data.load,
         config.data.name,
         seed=config.seed,
         validation=config.data.validation,
         labels=config.data.labels,
         data_dir=config.data.dir,
+        image_size=config.data.image_size,
+        crop=config.data.crop,
+        workers=config.data.workers,
+        corrupt=corrupt,
     )
-    learning, validation = draw('train'), draw('validation')
+    learning, validation = load('train'), load('validation')
     mean, std = data.statistics(learning)
     weights = stages(config)
     lengths = [
@@ -181,6 +186,7 @@ def prepared(
         watch.MetricsLog(workdir, boards, say=display.message) as log,
         display,
     ):
+        corrupt.listen(functools.partial(_tell_corrupt, corrupt, workdir, display.message))
         yield loop.Setup(
             config=config,
             workdir=workdir,
@@ -189,14 +195,32 @@ def prepared(
             train=train.put(learning, mesh),
             validation=train.put(validation, mesh),
             preprocessing=train.Preprocessing(
-                mean, std, config.data.padding, plan.info.flip and config.data.flip
+                mean,
+                std,
+                config.data.padding,
+                plan.info.flip and config.data.flip,
+                data.make_augmentation(config.data.augment),
             ),
             chance=math.log(plan.info.num_classes),
             log=log,
             display=display,
+            load=load,
             stops=stops or stopping.Requests(),
             profile=profile,
         )
+
+
+def _tell_corrupt(
+    corrupt: data.CorruptImages,
+    workdir: pathlib.Path,
+    say: Callable[[str], None],
+    new: Mapping[str, str],
+) -> None:
+    # With what was met before the run was stopped, which may have been repaired since.
+    known = records.corrupt_images(workdir, say) | corrupt.found
+    records.write_json(workdir / records.CORRUPT_IMAGES, known)
+    for name, why in new.items():
+        say(f'{name} cannot be read ({why}): another of its class takes its place')
 
 
 def stages(config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -213,11 +237,12 @@ def stages(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
     """Builds the model, traces it, and refuses what cannot be, before anything is trained."""
-    info = data.info(config.data.name)
+    info = data.info(config.data.name, config.data.image_size)
     for stage, choices in CHOICES.items():
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
+    data.make_augmentation(config.data.augment)
     _check_safety(config)
     _check_expansion(config)
     if config.model.name not in models.REGISTRY:
@@ -607,7 +632,7 @@ def report(
 ) -> dict[str, Any]:
     """Reads the test part, for the first and last time, and writes down what came out."""
     config = setup.config
-    test = train.put(data.load(config.data.name, 'test', data_dir=config.data.dir), setup.mesh)
+    test = train.put(setup.load('test'), setup.mesh)
     batch_size = config.distil.batch_size
     batch = train.make_batch(test, np.arange(batch_size) % test.split.size, setup.mesh)
     networks = {
@@ -667,6 +692,9 @@ def report(
     }
     if expansions:
         result['expand'] = list(expansions)
+    corrupt = records.corrupt_images(setup.workdir, setup.display.message)
+    if corrupt:
+        result['corrupt_images'] = corrupt
     if 'latency' in plan.graph.resources:
         result['latency'] = _latency(plan.graph, networks)
     records.write_json(setup.workdir / 'report.json', result)

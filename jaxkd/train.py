@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from jaxkd import cpu, data
 
 P = sharding.PartitionSpec
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+# Batches on their way to the device while one is computed with.
+AHEAD = 1
 # (trained parameters, key in training or None) → the parameters that the model is applied to.
 Fold = Callable[[Any, jax.Array | None], Any]
 
@@ -60,12 +64,14 @@ class Preprocessing(NamedTuple):
       mean, std: float32 [channels], of pixels in [0, 1].
       padding: pixels of zeros around the image that a random crop is taken from, in training.
       flip: whether to mirror at random, in training.
+      augmentation: what else is done to images, in training.
     """
 
     mean: np.ndarray
     std: np.ndarray
     padding: int
     flip: bool
+    augmentation: data.Augmentation = data.Augmentation()
 
 
 def make_mesh() -> sharding.Mesh:
@@ -171,7 +177,8 @@ def make_train_step(
     `batch` is what `batches` yields. `teacher_variables` are {} without a teacher; the teacher
     runs in eval mode and sees the student's view. `extra` are further arguments of `tx.update`.
     `fold` makes the parameters that the model sees of those that are trained.
-    Metrics are float32 []: the batch's mean loss and accuracy. The state is donated.
+    Metrics are float32 []: the batch's mean loss and accuracy, where an answer to a mixed image is
+    right by the share of the image that it names. The state is donated.
 
     The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
     and gradients are those of the whole batch, however many devices there are.
@@ -187,6 +194,8 @@ def make_train_step(
         views = data.augment(
             view_key, images, padding=preprocessing.padding, flip=preprocessing.flip
         )
+        # 0 and 1 would be the keys that `augment` splits its own into.
+        views, share = data.vary(jax.random.fold_in(view_key, 2), views, preprocessing.augmentation)
         inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
         with cpu.fast_convolutions():
             teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
@@ -202,7 +211,8 @@ def make_train_step(
                     rngs={'dropout': dropout_key},
                 )
                 logits = logits.astype(jnp.float32)
-                return jnp.mean(loss(logits, teacher_logits, labels)), (logits, new)
+                value = _shared(lambda y: loss(logits, teacher_logits, y), labels, share)
+                return jnp.mean(value), (logits, new)
 
             grad = jax.value_and_grad(objective, has_aux=True)
             (value, (logits, new)), gradients = grad(state.params)
@@ -216,13 +226,23 @@ def make_train_step(
             state.ema,
             {'params': params, 'batch_stats': batch_stats},
         )
-        metrics = {
-            'loss': value,
-            'accuracy': jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32),
-        }
+        right = _shared(lambda y: jnp.argmax(logits, -1) == y, labels, share)
+        metrics = {'loss': value, 'accuracy': jnp.mean(right, dtype=jnp.float32)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
+def _shared(
+    value: Callable[[jax.Array], jax.Array], labels: jax.Array, share: jax.Array | None
+) -> jax.Array:
+    """`value(labels)` for each example; of mixed ones that of both labels, by their shares.
+
+    For cross-entropy this is that with the mixture of the labels, in which it is linear.
+    """
+    if share is None:
+        return value(labels)
+    return share * value(labels) + (1 - share) * value(data.partners(labels))
 
 
 def make_eval_step(
@@ -314,9 +334,12 @@ def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[A
 
 
 def make_batch(
-    examples: Examples, indices: np.ndarray, mesh: sharding.Mesh
+    examples: Examples, indices: np.ndarray, mesh: sharding.Mesh, images: np.ndarray | None = None
 ) -> dict[str, jax.Array]:
-    """The batch of the examples `indices`: gathered on the device if the images are there."""
+    """The batch of the examples `indices`: gathered on the device if the images are there.
+
+    Otherwise they are `images`, or fetched as evaluation sees them.
+    """
     split = sharding.NamedSharding(mesh, P('data'))
     if examples.images is not None:
         return {
@@ -324,24 +347,41 @@ def make_batch(
             'labels': examples.labels,
             'indices': jax.device_put(indices, split),
         }
+    if images is None:
+        images = examples.split.fetch(indices)
     return {
-        'images': jax.device_put(examples.split.fetch(indices), split),
+        'images': jax.device_put(images, split),
         'labels': jax.device_put(examples.split.labels[indices], split),
     }
 
 
 def batches(
-    examples: Examples, batch_size: int, mesh: sharding.Mesh, *, seed: int, start: int, stop: int
-) -> Iterable[dict[str, jax.Array]]:
-    """The batches of the steps from `start` to `stop`: a function of the seed and the step."""
-    per_epoch = steps_per_epoch(examples.split.size, batch_size)
-    order, known = None, None
-    for step in range(start, stop):
-        epoch, position = divmod(step, per_epoch)
-        if epoch != known:
-            order = data.epoch_order(examples.split.size, batch_size, seed=seed, epoch=epoch)
-            known = epoch
-        yield make_batch(examples, order[position], mesh)
+    examples: Examples,
+    batch_size: int,
+    mesh: sharding.Mesh,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    crops: bool = False,
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `start` to `stop`: a function of the seed and the step.
+
+    With `crops`, images that are decoded when they are asked for are seen as in training, and are
+    read ahead; see `data.load`.
+    """
+    steps = data.Steps(examples.split.size, batch_size, seed, start, stop)
+    if not crops or examples.split.files is None:
+        for _, indices in steps:
+            yield make_batch(examples, indices, mesh)
+        return
+    with contextlib.closing(data.read_ahead(examples.split.files, steps, seed=seed)) as images:
+        ahead = collections.deque()
+        for (_, indices), read in zip(steps, images, strict=True):
+            ahead.append(make_batch(examples, indices, mesh, read))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft()
+        yield from ahead
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:

@@ -18,6 +18,8 @@ import ml_collections
 
 from jaxkd import errors
 
+# Names the images that could not be read; there is none where all could.
+CORRUPT_IMAGES = 'corrupt_images.json'
 PACKAGES = ('jaxkd', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -114,6 +116,11 @@ def read_json(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any] 
     path.replace(aside)
     say(f'{path}: is damaged; it was set aside as {aside.name} and is made again')
     return None
+
+
+def corrupt_images(workdir: pathlib.Path, say: Callable[[str], None]) -> dict[str, str]:
+    """The images that this run could not read, by name why not."""
+    return read_json(workdir / CORRUPT_IMAGES, say) or {}
 
 
 def record(config: ml_collections.ConfigDict) -> dict[str, Any]:

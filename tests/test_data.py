@@ -317,7 +317,7 @@ def test_prepare_says_when_it_cannot_write_and_cleans_up(tmp_path, capsys, monke
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(data, '_build_fashion_mnist', full)
+    monkeypatch.setattr(data.fashion_mnist, '_build_fashion_mnist', full)
     status, _, complaints = prepare(tmp_path / 'idx', tmp_path / 'data', capsys)
     assert status == 1 and 'No space left on device' in complaints
     assert list((tmp_path / 'data').iterdir()) == []
@@ -377,7 +377,7 @@ def write_imagenet(folder, sizes):
 
 def test_large_data_are_decoded_when_fetched(tmp_path, monkeypatch):
     write_imagenet(tmp_path, [(500, 300), (300, 500), (1200, 800), (224, 224), (90, 60)] * 4)
-    monkeypatch.setattr(data, 'MEMORY_LIMIT', 1_000_000)
+    monkeypatch.setattr(data.prepared, 'MEMORY_LIMIT', 1_000_000)
     parts = {
         part: data.load('imagenet2012', part, validation=0.25, data_dir=tmp_path)
         for part in data.PARTS

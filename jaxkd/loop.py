@@ -13,7 +13,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, errors, train, watch
+from jaxkd import checkpoint, errors, hosts, train, watch
+from jaxkd import mesh as meshes
 from jaxkd.graph.trace import Keep
 
 
@@ -134,8 +135,14 @@ def fit(
             ema_decay=config.ema_decay,
             teacher=teacher_model,
             fold=network.fold,
+            accumulate=config.accumulate,
+            compute_dtype=setup.config.compute_dtype,
+            layout=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
         return train_step, train.make_eval_step(network.model, setup.preprocessing, setup.mesh)
+
+    def place(tree: Any, params: Any) -> Any:
+        return meshes.place(tree, params, setup.mesh, setup.config.sharding)
 
     keep = kept(memory)
     current = network(keep)
@@ -146,14 +153,14 @@ def fit(
         known = checkpoint.from_tree(memory, parts['memory'], folder)
         template = narrow(state, kept(known), keep) if narrow else state
         then = checkpoint.from_tree(template, parts['state'], folder)
-        return train.replicate(then, setup.mesh), known
+        return place(then, then.params), known
 
-    with checkpoint.Stage(folder, report=setup.display.message) as stage:
+    with hosts.at_first(lambda: checkpoint.Stage(folder, report=setup.display.message)) as stage:
         finished = stage.result()
         if finished:
             state, memory = restored(finished[0])
             setup.display.finish(name)
-            return state, memory
+            return meshes.gathered(state), memory
 
         start, elapsed = 0, 0.0
         saved_before = stage.restore()
@@ -165,11 +172,11 @@ def fit(
             elapsed = metadata['seconds']
             setup.display.message(f'{name}: going on at step {start} of {steps}')
         else:
-            state = train.replicate(state, setup.mesh)
+            state = place(state, state.params)
         setup.log.rewind(name, start or -1, later=setup.stages[setup.stages.index(name) + 1 :])
         setup.display.start(name, start)
 
-        teacher_variables = train.replicate(teacher_variables, setup.mesh)
+        teacher_variables = place(teacher_variables, teacher_variables.get('params', {}))
         train_step, eval_step = steps_of(current)
         per_epoch = train.steps_per_epoch(setup.train.split.size, config.batch_size)
         batches = train.batches(
@@ -201,8 +208,8 @@ def fit(
             if steer:
                 memory, extra = steer(step - 1, state, memory)
                 if kept(memory) is not keep:
-                    state = narrow(state, kept(memory), keep)
-                    state = train.replicate(state, setup.mesh)
+                    state = narrow(meshes.gathered(state), kept(memory), keep)
+                    state = place(state, state.params)
                     keep = kept(memory)
                     current = network(keep)
                     train_step, eval_step = steps_of(current)
@@ -236,12 +243,15 @@ def fit(
             shown = {k: v for k, v in row.items() if not k.startswith(hidden)}
             setup.display.update(name, step, **shown)
             pending, logged = [], time.monotonic()
-            if logged - saved >= setup.config.checkpoint_seconds and step < steps:
+            due = logged - saved >= setup.config.checkpoint_seconds and step < steps
+            if hosts.agreed(due):
                 metadata = {'seconds': elapsed + logged - began}
-                stage.save(step, checkpoint.to_tree({'state': state, 'memory': memory}), metadata)
+                whole = {'state': meshes.gathered(state), 'memory': memory}
+                stage.save(step, checkpoint.to_tree(whole), metadata)
                 saved = time.monotonic()
 
         metadata = {'seconds': elapsed + time.monotonic() - began}
+        state = meshes.gathered(state)
         stage.finish(checkpoint.to_tree({'state': state, 'memory': memory}), metadata)
         setup.display.finish(name)
         return state, memory

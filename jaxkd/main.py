@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -22,6 +23,17 @@ _WORKDIR = flags.DEFINE_string(
     'Where checkpoints, metrics and the report go. A stopped run goes on with the same command. '
     'Default: runs/NAME-OF-THE-DATA.',
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed',
+    False,
+    'One of several processes that run together, each with the same command; process 0 writes the '
+    'workdir. On Cloud TPU and under Slurm they find one another.',
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where processes do not find one another.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are, with --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0 on.')
 
 
 def main(arguments: list[str]) -> int:
@@ -33,28 +45,35 @@ def main(arguments: list[str]) -> int:
         print('jaxkd: say what to do, such as --config=configs/mbv2.py', file=sys.stderr)
         return 2
     absl_logging.set_verbosity(absl_logging.WARNING)
-    from jaxkd import cpu, errors, pipeline, watch  # JAX is slow to import: not for --help
+    from jaxkd import cpu, errors, hosts, pipeline, watch  # JAX is slow to import: not for --help
 
     cpu.hold_memory()
     config = _CONFIG.value
     workdir = _WORKDIR.value or os.path.join('runs', config.data.name)
     finished = os.path.exists(os.path.join(workdir, 'report.json'))
     try:
-        report = pipeline.run(config, workdir)
+        if _DISTRIBUTED.value:
+            hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        elif _COORDINATOR.value is not None:
+            why = 'it is for processes that run together: add --distributed'
+            raise errors.ConfigError('--coordinator', _COORDINATOR.value, why=why)
+        with hosts.one_voice():
+            report = pipeline.run(config, workdir)
+            if finished:
+                print(f'{workdir} holds a finished run:')
+            print(watch.compare(report))
+            print(f'compact network: {os.path.join(workdir, "compact")}')
+            return 0
     except (errors.ConfigError, errors.BudgetError) as error:
-        print(f'jaxkd: {error}', file=sys.stderr)
-        return 2
+        return hosts.leave(2, f'jaxkd: {error}')
     except (errors.JaxkdError, OSError) as error:
-        print(f'jaxkd: {error}', file=sys.stderr)
-        return 1
+        return hosts.leave(1, f'jaxkd: {error}')
     except KeyboardInterrupt:
-        print(f'jaxkd: stopped; the same command goes on from {workdir}', file=sys.stderr)
-        return 130
-    if finished:
-        print(f'{workdir} holds a finished run:')
-    print(watch.compare(report))
-    print(f'compact network: {os.path.join(workdir, "compact")}')
-    return 0
+        return hosts.leave(130, f'jaxkd: stopped; the same command goes on from {workdir}')
+    except Exception:
+        if not hosts.several():
+            raise
+        return hosts.leave(1, traceback.format_exc())
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training steps, and the loop that runs them: jitted, donated, on a mesh of all devices."""
+"""Training steps: jitted, donated, on a mesh of all devices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxkd import cpu, data
+from jaxkd import cpu, data, precision
+from jaxkd import mesh as meshes
 
-P = sharding.PartitionSpec
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
 # (trained parameters, key in training or None) → the parameters that the model is applied to.
 Fold = Callable[[Any, jax.Array | None], Any]
@@ -68,20 +68,10 @@ class Preprocessing(NamedTuple):
     flip: bool
 
 
-def make_mesh() -> sharding.Mesh:
-    """All devices along one axis, 'data'."""
-    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(sharding.AxisType.Auto,))
-
-
-def replicate(tree: Any, mesh: sharding.Mesh) -> Any:
-    """`tree` on every device of the mesh."""
-    return jax.device_put(tree, sharding.NamedSharding(mesh, P()))
-
-
 def put(split: data.Split, mesh: sharding.Mesh) -> Examples:
     """A split on the devices, its images too if they are in memory."""
-    images = None if split.images is None else replicate(split.images, mesh)
-    return Examples(images, replicate(split.labels, mesh), split)
+    images = None if split.images is None else meshes.replicate(split.images, mesh)
+    return Examples(images, meshes.replicate(split.labels, mesh), split)
 
 
 def learning_rate(config: Mapping[str, Any], steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -165,6 +155,9 @@ def make_train_step(
     ema_decay: float,
     teacher: nn.Module | None = None,
     fold: Fold | None = None,
+    accumulate: int = 1,
+    compute_dtype: str = 'float32',
+    layout: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A step `(state, batch, teacher_variables, extra) -> state, metrics`.
 
@@ -173,11 +166,18 @@ def make_train_step(
     `fold` makes the parameters that the model sees of those that are trained.
     Metrics are float32 []: the batch's mean loss and accuracy. The state is donated.
 
-    The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
-    and gradients are those of the whole batch, however many devices there are.
+    The batch is sharded over the mesh, so that BatchNorm statistics and gradients are those of the
+    whole batch, however many devices there are. `layout` is where the state lies (see
+    `jaxkd.mesh.shardings`), everywhere by default.
+
+    With `accumulate` above 1 the batch is computed in so many parts, one after the other, and the
+    mean of their gradients is taken. Then BatchNorm normalizes each part by its own statistics, and
+    the running ones move with each part. Every part has random keys of its own.
+
+    Both networks compute in `compute_dtype` (see `jaxkd.precision`); logits, loss, parameters,
+    statistics and the optimizer's state are float32.
     """
-    everywhere = sharding.NamedSharding(mesh, P())
-    split = sharding.NamedSharding(mesh, P('data'))
+    everywhere, split = meshes.everywhere(mesh), meshes.along_batch(mesh)
 
     def step(state, batch, teacher_variables, extra):
         images, labels = _gather(batch, split)
@@ -187,28 +187,46 @@ def make_train_step(
         views = data.augment(
             view_key, images, padding=preprocessing.padding, flip=preprocessing.flip
         )
-        inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
-            teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
 
-            def objective(params):
-                if fold:
-                    params = fold(params, jax.random.fold_in(dropout_key, 0))
-                logits, new = model.apply(
-                    _variables(params, state.batch_stats),
-                    inputs,
-                    train=True,
-                    mutable=['batch_stats'],
-                    rngs={'dropout': dropout_key},
-                )
-                logits = logits.astype(jnp.float32)
-                return jnp.mean(loss(logits, teacher_logits, labels)), (logits, new)
+        def learn_from(batch_stats, views, labels, key):
+            """Gradients of the mean loss, new statistics and metrics."""
+            inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
+            inputs = inputs.astype(compute_dtype)
+            with cpu.fast_convolutions(), precision.computing(compute_dtype):
+                teacher_logits = None
+                if teacher:
+                    teacher_logits = teacher.apply(teacher_variables, inputs, train=False)
+                    teacher_logits = teacher_logits.astype(jnp.float32)
 
-            grad = jax.value_and_grad(objective, has_aux=True)
-            (value, (logits, new)), gradients = grad(state.params)
+                def objective(params):
+                    if fold:
+                        params = fold(params, jax.random.fold_in(key, 0))
+                    logits, new = model.apply(
+                        _variables(params, batch_stats),
+                        inputs,
+                        train=True,
+                        mutable=['batch_stats'],
+                        rngs={'dropout': key},
+                    )
+                    logits = logits.astype(jnp.float32)
+                    return jnp.mean(loss(logits, teacher_logits, labels)), (logits, new)
+
+                grad = jax.value_and_grad(objective, has_aux=True)
+                (value, (logits, new)), gradients = grad(state.params)
+            accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+            return gradients, new.get('batch_stats', {}), {'loss': value, 'accuracy': accuracy}
+
+        if accumulate == 1:
+            found = learn_from(state.batch_stats, views, labels, dropout_key)
+        else:
+            parts = (
+                *(_parts(array, accumulate, mesh) for array in (views, labels)),
+                jax.random.split(dropout_key, accumulate),
+            )
+            found = _in_turn(learn_from, state.batch_stats, parts)
+        gradients, batch_stats, metrics = found
         updates, opt_state = tx.update(gradients, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        batch_stats = new.get('batch_stats', {})
         # A short memory at first: the average of the first steps would be that of random weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(
@@ -216,13 +234,37 @@ def make_train_step(
             state.ema,
             {'params': params, 'batch_stats': batch_stats},
         )
-        metrics = {
-            'loss': value,
-            'accuracy': jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32),
-        }
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout or everywhere, everywhere))
+
+
+def _parts(array: jax.Array, number: int, mesh: sharding.Mesh) -> jax.Array:
+    """[batch, …] as [number, batch / number, …].
+
+    Each part has rows of every device, those that it has already.
+    """
+    parts = array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(parts, meshes.along_batch(mesh, axis=1))
+
+
+def _in_turn(
+    learn_from: Callable[..., tuple[Any, Any, Any]], batch_stats: Any, parts: tuple[Any, ...]
+) -> tuple[Any, Any, Any]:
+    """Mean gradients, last statistics and mean metrics of the parts of a batch."""
+
+    def add(carry, part):
+        batch_stats, sums = carry
+        gradients, batch_stats, metrics = learn_from(batch_stats, *part)
+        return (batch_stats, jax.tree.map(jnp.add, sums, (gradients, metrics))), None
+
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
+    gradients, _, metrics = jax.eval_shape(learn_from, batch_stats, *first)
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradients, metrics))
+    (batch_stats, sums), _ = jax.lax.scan(add, (batch_stats, sums), parts)
+    number = len(jax.tree.leaves(parts)[0])
+    gradients, metrics = jax.tree.map(lambda total: total / number, sums)
+    return gradients, batch_stats, metrics
 
 
 def make_eval_step(
@@ -239,7 +281,7 @@ def make_eval_step(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.stack([jnp.sum(right & valid), jnp.sum(jnp.where(valid, losses, 0.0))])
 
-    return jax.jit(step, out_shardings=sharding.NamedSharding(mesh, P()))
+    return jax.jit(step, out_shardings=meshes.everywhere(mesh))
 
 
 def make_loss(
@@ -262,7 +304,7 @@ def _logits(
     mesh: sharding.Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits in eval mode, float32 [batch, classes], and labels."""
-    images, labels = _gather(batch, sharding.NamedSharding(mesh, P('data')))
+    images, labels = _gather(batch, meshes.along_batch(mesh))
     inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
     with cpu.fast_convolutions():
         return model.apply(variables, inputs, train=False).astype(jnp.float32), labels
@@ -277,18 +319,20 @@ def recalibrate(
     *,
     batch_size: int,
     steps: int,
+    compute_dtype: str = 'float32',
 ) -> Any:
     """The variables with running statistics that `steps` batches have moved, as training does.
 
     Without augmentation: with the inputs of evaluation.
     """
-    split = sharding.NamedSharding(mesh, P('data'))
+    split = meshes.along_batch(mesh)
 
-    @functools.partial(jax.jit, out_shardings=sharding.NamedSharding(mesh, P()))
+    @functools.partial(jax.jit, out_shardings=meshes.everywhere(mesh))
     def step(variables, batch):
         images, _ = _gather(batch, split)
         inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
+        inputs = inputs.astype(compute_dtype)
+        with cpu.fast_convolutions(), precision.computing(compute_dtype):
             _, new = model.apply(
                 variables,
                 inputs,
@@ -298,10 +342,10 @@ def recalibrate(
             )
         return {**variables, **new}
 
-    variables = replicate(variables, mesh)
+    variables = meshes.place(variables, variables['params'], mesh)
     for batch in batches(examples, batch_size, mesh, seed=0, start=0, stop=steps):
         variables = step(variables, batch)
-    return variables
+    return meshes.gathered(variables)
 
 
 def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[Any, Any]:
@@ -316,17 +360,20 @@ def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[A
 def make_batch(
     examples: Examples, indices: np.ndarray, mesh: sharding.Mesh
 ) -> dict[str, jax.Array]:
-    """The batch of the examples `indices`: gathered on the device if the images are there."""
-    split = sharding.NamedSharding(mesh, P('data'))
+    """The batch of the examples `indices`: gathered on the device if the images are there.
+
+    Of several processes each fetches its own part.
+    """
+    split = functools.partial(meshes.split, size=len(indices), mesh=mesh)
     if examples.images is not None:
         return {
             'images': examples.images,
             'labels': examples.labels,
-            'indices': jax.device_put(indices, split),
+            'indices': split(lambda rows: indices[rows]),
         }
     return {
-        'images': jax.device_put(examples.split.fetch(indices), split),
-        'labels': jax.device_put(examples.split.labels[indices], split),
+        'images': split(lambda rows: examples.split.fetch(indices[rows])),
+        'labels': split(lambda rows: examples.split.labels[indices[rows]]),
     }
 
 

@@ -34,6 +34,7 @@ import numpy as np
 
 from configs import mbv2
 from jaxkd import cpu, data, loop, pipeline, train
+from jaxkd import mesh as meshes
 from jaxkd.search import learn, penalty
 
 # Seconds of a turn.
@@ -69,14 +70,14 @@ def main() -> None:
 def steps(config: Any, repeats: int) -> dict[str, float]:
     """Median milliseconds of a step of each kind, at full width."""
     plan = pipeline.make_plan(config)
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     learning = data.load(config.data.name, 'train', seed=0)
     examples = train.put(learning, mesh)
     mean, std = data.statistics(learning)
     views = train.Preprocessing(mean, std, config.data.padding, False)
     batch = next(iter(train.batches(examples, 64, mesh, seed=0, start=0, stop=1)))
     image = np.zeros(plan.graph.inputs[0].shape, np.float32)
-    variables = train.replicate(
+    variables = meshes.replicate(
         jax.jit(plan.model.init, static_argnames='train')(jax.random.key(0), image, train=False),
         mesh,
     )
@@ -97,7 +98,7 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
         step = train.make_train_step(
             plan.model, tx, loss, views, mesh, seed=0, ema_decay=0.95, teacher=teacher
         )
-        state = train.replicate(train.create_state(variables, tx), mesh)
+        state = meshes.replicate(train.create_state(variables, tx), mesh)
         runs[name] = [step, state, variables if teacher else {}]
     forward = train.make_eval_step(plan.model, views, mesh)
     valid = np.ones(64, bool)

@@ -170,13 +170,14 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
 
     import jaxkd
     from jaxkd import cpu, distill, models, train
+    from jaxkd import mesh as meshes
     from jaxkd.search import learn, penalty
 
     cpu.hold_memory()
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     model = models.create(case.name, num_classes=NUM_CLASSES, **case.arguments, **case.here)
     rng = np.random.default_rng(0)
-    fed = train.replicate(
+    fed = meshes.replicate(
         {
             'images': rng.integers(0, 256, (batch, *case.image), np.uint8),
             'labels': np.arange(batch, dtype=np.int32) % NUM_CLASSES,
@@ -185,7 +186,7 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
     )
     image = np.zeros((1, *case.image), np.float32)
     init = jax.jit(model.init, static_argnames='train')
-    variables = train.replicate(init(jax.random.key(0), image, train=False), mesh)
+    variables = meshes.replicate(init(jax.random.key(0), image, train=False), mesh)
     views = train.Preprocessing(np.float32(0.5), np.float32(0.25), 0, False)
     graph = jaxkd.trace(model, variables, image, train=False)
     course = learn.course(graph, steps=1000, learning_rate=LEARNING_RATE, flops=0.5)
@@ -212,7 +213,7 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
         step = train.make_train_step(
             model, tx, loss, views, mesh, seed=0, ema_decay=0.99, teacher=teacher
         )
-        state = train.replicate(train.create_state(variables, tx), mesh)
+        state = meshes.replicate(train.create_state(variables, tx), mesh)
         memory, number = learn.first(body, variables['params']), 0
 
         def call() -> None:

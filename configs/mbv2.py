@@ -74,6 +74,13 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # jaxkd/search/blocks.py).
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
+            # Training computes in this, or in 'bfloat16'; parameters, statistics and what is
+            # evaluated and reported stay float32.
+            'compute_dtype': 'float32',
+            # Of parameters over devices: pairs of a pattern over parameter paths and a partition,
+            # such as (('kernel', (None, None, None, 'data')),); the others are on every device
+            # (see jaxkd/mesh.py).
+            'sharding': (),
             'log_every': 20,  # steps
             'checkpoint_seconds': 20.0,
             'wandb': config_dict.placeholder(str),  # a project of Weights & Biases to draw in too
@@ -88,6 +95,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
     )
     stage = {
         'batch_size': 64,
+        # Parts that a batch is computed in, one after the other, where it is too large for the
+        # devices' memory at once; BatchNorm then normalizes each by its own statistics.
+        'accumulate': 1,
         'warmup_epochs': 2.0,
         'final_fraction': 0.0,  # of the learning rate, at the end
         'momentum': 0.9,

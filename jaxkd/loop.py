@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, data, device, errors, stopping, train, watch
+from jaxkd import checkpoint, data, device, errors, hosts, stopping, train, watch
+from jaxkd import mesh as meshes
 from jaxkd import progress as reaching
 from jaxkd.graph.trace import Keep
 
@@ -185,12 +186,13 @@ def fit(
       TrainingError: if the loss is no finite number, or absurd.
     """
     teacher = teacher or (None, {})
-    origin = _origin(given, teacher[1])
+    origin = hosts.agreed(_origin(given, teacher[1]))
     work = Work(
         setup, name, network, variables, loss, facts, teacher, memory, steer, kept, narrow, origin
     )
     say = setup.display.message
-    with checkpoint.Stage(work.folder, keep=setup.config.checkpoint_keep, report=say) as stage:
+    keep = setup.config.checkpoint_keep
+    with hosts.at_first(lambda: checkpoint.Stage(work.folder, keep, say)) as stage:
         found = stage.result()
         if found:
             steps, _ = schedule(setup, name)
@@ -215,7 +217,7 @@ def fit(
         done = point._replace(progress=point.progress._replace(anchor=None))
         stage.finish(*_packed(work, done))
         setup.display.finish(name)
-        setup.stops.release()
+        setup.stops.release(hosts.any_of)
         return point
 
 
@@ -225,8 +227,7 @@ def chosen(setup: Setup, name: str, end: Point) -> Any:
     best = end.progress.best
     if settings(setup.config, name).choose == 'best' and best:
         found = checkpoint.from_tree(found, best.variables, setup.workdir / name)
-        found = train.replicate(found, setup.mesh)
-    return found
+    return meshes.gathered(found)
 
 
 def outcomes(setup: Setup) -> dict[str, dict[str, Any]]:
@@ -251,8 +252,8 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
     start = now.step
     keep = work.kept(memory)
     current = work.network(keep)
-    train_step, eval_step = _compiled(work, current, now.factor)
-    taught = train.replicate(work.teacher[1], setup.mesh)
+    train_step, eval_step = _compiled(work, current, state, now.factor)
+    taught = _placed(work, work.teacher[1], work.teacher[1].get('params', {}))
     compiled = device.compile_seconds()
     began = saved = time.monotonic()
     if not now.rows:  # what it begins with, which tells what the stage before has left
@@ -276,18 +277,18 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
     )
     stopwatch = watch.Stopwatch()
     batches = stopwatch.waiting(batches)
-    if setup.profile:
+    if setup.profile and hosts.is_first():
         traces = setup.workdir / 'profile' / work.name
         batches = watch.profiled(batches, traces, lambda: jax.block_until_ready(state))
     for step, batch in enumerate(batches, start + 1):
         if work.steer:
             memory, extra = work.steer(step - 1, state, memory)
             if work.kept(memory) is not keep:
-                state = work.narrow(state, work.kept(memory), keep)
-                state = train.replicate(state, setup.mesh)
+                state = work.narrow(meshes.gathered(state), work.kept(memory), keep)
+                state = _placed(work, state, state.params)
                 keep = work.kept(memory)
                 current = work.network(keep)
-                train_step, eval_step = _compiled(work, current, now.factor)
+                train_step, eval_step = _compiled(work, current, state, now.factor)
         with jax.profiler.StepTraceAnnotation(work.name, step_num=step):
             state, metrics = train_step(state, batch, taught, extra)
         if step == point.progress.step + 1:
@@ -325,9 +326,9 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
             pending, start = [], step
             if end_of_epoch:
                 now = _anchored(work, here()).progress
-        asked = asked_to_stop(setup, step)
-        waited = due and time.monotonic() - saved >= setup.config.checkpoint_seconds
-        if step < steps and (asked or waited):
+        asked = asked_to_stop(setup, due)
+        waited = time.monotonic() - saved >= setup.config.checkpoint_seconds
+        if step < steps and (asked or (due and hosts.agreed(waited))):
             _save(work, stage, here(pending=tuple(jax.device_get(pending))))
             saved = time.monotonic()
             if asked:
@@ -335,18 +336,19 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
     return here(pending=()), None
 
 
-def asked_to_stop(setup: Setup, step: int) -> bool:
+def asked_to_stop(setup: Setup, due: bool) -> bool:
     """Whether to save and stop after this step.
 
-    In a job of several processes all of them have to stop after the same step: this is the place
-    for `jax.experimental.multihost_utils.reached_preemption_sync_point(step)`.
+    Of several processes all stop after the same step if one was asked to, once a row is due: they
+    would have to talk to each other after every step otherwise.
     """
-    del step
-    return setup.stops.asked is not None
+    asked = setup.stops.asked is not None
+    return asked if not hosts.several() else due and hosts.any_of(asked)
 
 
 def _beginning(work: Work) -> Point:
-    state = train.replicate(_blank(work), work.setup.mesh)
+    state = _blank(work)
+    state = _placed(work, state, state.params)
     return _anchored(work, Point(state, work.memory, reaching.Progress()))
 
 
@@ -375,7 +377,11 @@ def _unpacked(work: Work, leaves: reaching.Leaves) -> tuple[train.TrainState, An
     if work.narrow:
         template = work.narrow(template, work.kept(known), work.kept(work.memory))
     then = checkpoint.from_tree(template, state, work.folder)
-    return train.replicate(then, work.setup.mesh), known
+    return _placed(work, then, then.params), known
+
+
+def _placed(work: Work, tree: Any, params: Any) -> Any:
+    return meshes.place(tree, params, work.setup.mesh, work.setup.config.sharding)
 
 
 def _packed(work: Work, point: Point) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -391,14 +397,14 @@ def _save(work: Work, stage: checkpoint.Stage, point: Point, *, wait: bool = Fal
 
 
 def _leaves(state: train.TrainState, memory: Any = None) -> dict[str, np.ndarray]:
-    return checkpoint.to_tree({'state': state, 'memory': memory})
+    return checkpoint.to_tree({'state': meshes.gathered(state), 'memory': memory})
 
 
 def _anchored(work: Work, point: Point) -> Point:
     """The point, as one to go back to where the config says so."""
     if work.setup.config.on_nan != 'rollback':
         return point
-    leaves = reaching.copied({'state': point.state, 'memory': point.memory})
+    leaves = reaching.copied({'state': meshes.gathered(point.state), 'memory': point.memory})
     anchor = reaching.Anchor(point.progress.step, leaves)
     return point._replace(progress=point.progress._replace(anchor=anchor))
 
@@ -472,7 +478,8 @@ def _validated(
     )
     metrics = {f'validation_{key}': value for key, value in found.items()}
     if not work.steer:
-        now = now._replace(best=reaching.improved(now.best, now.step, metrics, evaluated))
+        whole = meshes.gathered(evaluated)
+        now = now._replace(best=reaching.improved(now.best, now.step, metrics, whole))
     return metrics, now
 
 
@@ -485,7 +492,7 @@ def _optimizer(
 
 
 def _compiled(
-    work: Work, network: Network, factor: float
+    work: Work, network: Network, state: train.TrainState, factor: float
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Training step and evaluation step."""
     setup = work.setup
@@ -499,14 +506,17 @@ def _compiled(
         ema_decay=work.config.ema_decay,
         teacher=work.teacher[0],
         fold=network.fold,
+        accumulate=work.config.accumulate,
+        compute_dtype=setup.config.compute_dtype,
+        layout=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
     return train_step, train.make_eval_step(network.model, setup.preprocessing, setup.mesh)
 
 
 def _origin(given: Any, teacher_variables: Any) -> str:
     """SHA-256 of what a stage depends on; of a teacher that is read back it is the same."""
-    text = json.dumps([given, checkpoint.fingerprint(checkpoint.to_tree(teacher_variables))])
-    return hashlib.sha256(text.encode()).hexdigest()
+    taught = checkpoint.fingerprint(checkpoint.to_tree(meshes.gathered(teacher_variables)))
+    return hashlib.sha256(json.dumps([given, taught]).encode()).hexdigest()
 
 
 def _trouble(metrics: Sequence[Mapping[str, Any]], step: int, chance: float) -> str | None:

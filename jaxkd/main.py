@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -29,6 +30,17 @@ _WORKDIR = flags.DEFINE_string(
     'Default: runs/NAME-OF-THE-DATA.',
 )
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed',
+    False,
+    'One of several processes that run together, each with the same command; process 0 writes the '
+    'workdir. On Cloud TPU and under Slurm they find one another.',
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where processes do not find one another.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are, with --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0 on.')
 _PROFILE = flags.DEFINE_bool(
     'profile',
     False,
@@ -47,7 +59,7 @@ def main(arguments: list[str]) -> int:
         return 2
     absl_logging.set_verbosity(absl_logging.WARNING)
     # JAX is slow to import: not for --help.
-    from jaxkd import cpu, device, errors, pipeline, stopping, watch
+    from jaxkd import cpu, device, errors, hosts, pipeline, stopping, watch
 
     cpu.hold_memory()
     device.keep_compiled()
@@ -56,27 +68,34 @@ def main(arguments: list[str]) -> int:
     workdir = _WORKDIR.value or os.path.join('runs', folder)
     stops = stopping.Requests()
     try:
-        with stops.listening(workdir):
+        if _DISTRIBUTED.value:
+            hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        elif _COORDINATOR.value is not None:
+            why = 'it is for processes that run together: add --distributed'
+            raise errors.ConfigError('--coordinator', _COORDINATOR.value, why=why)
+        with stops.listening(workdir), hosts.one_voice():
             report = pipeline.finished(config, workdir, _say)
             if report:
                 print(f'{workdir} holds a finished run:')
             else:
                 report = pipeline.run(config, workdir, stops=stops, profile=_PROFILE.value)
+            print(watch.compare(report))
+            print(f'compact network: {os.path.join(workdir, "compact")}')
+            return 0
     except errors.Stopped as error:
-        _say(f'{error}; the same command goes on from {workdir}')
-        return stopping.status(error.signal)
+        status = stopping.status(error.signal)
+        return hosts.leave(status, f'jaxkd: {error}; the same command goes on from {workdir}')
     except (errors.ConfigError, errors.BudgetError) as error:
-        _say(error)
-        return 2
+        return hosts.leave(2, f'jaxkd: {error}')
     except errors.JaxkdError as error:
-        _say(error)
-        return 1
+        return hosts.leave(1, f'jaxkd: {error}')
     except OSError as error:
-        _say(f'{error}; what is in {workdir} is whole, and the same command goes on from there')
-        return 1
-    print(watch.compare(report))
-    print(f'compact network: {os.path.join(workdir, "compact")}')
-    return 0
+        whole = f'what is in {workdir} is whole, and the same command goes on from there'
+        return hosts.leave(1, f'jaxkd: {error}; {whole}')
+    except Exception:
+        if not hosts.several():
+            raise
+        return hosts.leave(1, traceback.format_exc())
 
 
 def _say(sentence: object) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -26,7 +27,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxkd import checkpoint, data, distill, errors, loop, models, saved, stopping, train, watch
+from jaxkd import (
+    checkpoint,
+    data,
+    distill,
+    errors,
+    hosts,
+    loop,
+    models,
+    precision,
+    saved,
+    stopping,
+    train,
+    watch,
+)
+from jaxkd import mesh as meshes
 from jaxkd import report as telling
 from jaxkd import workdir as records
 from jaxkd.graph import cut, latency, structure
@@ -106,14 +121,18 @@ def finished(
       say: is told what is damaged.
     """
     workdir = pathlib.Path(workdir)
-    found = records.finished(workdir, config, say)
-    if found:
-        try:
-            checkpoint.read(workdir / 'compact')
-        except errors.CheckpointError as error:
-            say(f'{error}; it is made again')
-            return None
-    return found
+
+    def look() -> dict[str, Any] | None:
+        found = records.finished(workdir, config, say)
+        if found:
+            try:
+                checkpoint.read(workdir / 'compact')
+            except errors.CheckpointError as error:
+                say(f'{error}; it is made again')
+                return None
+        return found
+
+    return hosts.first(look)
 
 
 def run(
@@ -140,7 +159,7 @@ def run(
         teacher = learn_teacher(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)
         small = distil(setup, plan, teacher, found)
-        saved.save(setup.workdir / 'compact', small)
+        hosts.first(lambda: saved.save(setup.workdir / 'compact', small))
         return report(setup, plan, teacher, small, expansions)
 
 
@@ -154,7 +173,7 @@ def prepared(
     profile: bool = False,
 ) -> Iterator[loop.Setup]:
     """The data on the devices, the workdir claimed, the log and the display open."""
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     corrupt = data.CorruptImages(config.data.corrupt_limit)
     load = functools.partial(
         data.load,
@@ -169,7 +188,7 @@ def prepared(
         corrupt=corrupt,
     )
     learning, validation = load('train'), load('validation')
-    mean, std = data.statistics(learning)
+    mean, std = hosts.first(lambda: data.statistics(learning))
     weights = stages(config)
     lengths = [
         (name, loop.length(loop.settings(config, name), learning.size), weight)
@@ -181,12 +200,14 @@ def prepared(
     if config.wandb:
         record = records.record(config)
         boards.append(watch.wandb(config.wandb, record, tuple(weights), display.message))
-    with (
-        records.claimed(workdir, config, display.message),
-        watch.MetricsLog(workdir, boards, say=display.message) as log,
-        display,
-    ):
-        corrupt.listen(functools.partial(_tell_corrupt, corrupt, workdir, display.message))
+    with contextlib.ExitStack() as open_:
+        hosts.first(lambda: open_.enter_context(records.claimed(workdir, config, display.message)))
+        log = open_.enter_context(
+            hosts.at_first(lambda: watch.MetricsLog(workdir, boards, say=display.message))
+        )
+        open_.enter_context(display)
+        if hosts.is_first():
+            corrupt.listen(functools.partial(_tell_corrupt, corrupt, workdir, display.message))
         yield loop.Setup(
             config=config,
             workdir=workdir,
@@ -242,7 +263,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
+    if config.compute_dtype not in precision.DTYPES:
+        raise errors.ConfigError('compute_dtype', config.compute_dtype, allowed=precision.DTYPES)
     data.make_augmentation(config.data.augment)
+    _check_batches(config)
     _check_safety(config)
     _check_expansion(config)
     if config.model.name not in models.REGISTRY:
@@ -260,10 +284,11 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         raise errors.ConfigError(
             'model.arguments', arguments, why=' '.join(str(error).split())
         ) from error
+    meshes.check(config.sharding, variables['params'], meshes.make_mesh())
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     limits = blocking.resolve(graph, config.blocks)
     learn.rehearse(graph, limits)
-    graph = blocking.measured(graph, config.budget.get('latency'), config.blocks)
+    graph = measured(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
     plan = Plan(model, info, graph, limits, budgets)
     # A budget that no choice can meet is refused now.
@@ -275,14 +300,20 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         round_to=config.search.round_to,
         **aim.budget,
     )
-    for name in WEIGHTS:
-        if config[name].batch_size % jax.device_count():
-            raise errors.ConfigError(
-                f'{name}.batch_size',
-                config[name].batch_size,
-                why=f'it must be a multiple of the number of devices, {jax.device_count()}',
-            )
     return plan
+
+
+def _check_batches(config: ml_collections.ConfigDict) -> None:
+    devices = jax.device_count()
+    for name in WEIGHTS:
+        size, parts = config[name].batch_size, config[name].accumulate
+        if parts < 1:
+            raise errors.ConfigError(f'{name}.accumulate', parts, why='it must be ≥ 1')
+        if size % (devices * parts):
+            why = f'it must be a multiple of the number of devices, {devices}'
+            if parts > 1:
+                why += f', times {name}.accumulate, {parts}'
+            raise errors.ConfigError(f'{name}.batch_size', size, why=why)
 
 
 def _check_safety(config: ml_collections.ConfigDict) -> None:
@@ -357,7 +388,7 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     init = jax.jit(lambda key: plan.model.init(key, image, train=False))
     config = records.record(setup.config)
     start = init(jax.random.key(setup.config.seed))
-    setup.display.message(watch.overview('teacher', start, setup.workdir))
+    _tell_parameters(setup, 'teacher', start)
     end = loop.fit(
         setup,
         'teacher',
@@ -369,6 +400,11 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
         given={part: config[part] for part in ('seed', 'model', 'data', 'teacher')},
     )
     return loop.chosen(setup, 'teacher', end)
+
+
+def _tell_parameters(setup: loop.Setup, network: str, variables: Any) -> None:
+    said = hosts.first(lambda: watch.overview(network, variables, setup.workdir))
+    setup.display.message(said)
 
 
 def find_structure(
@@ -403,7 +439,11 @@ def find_structure(
                 'stage': stage,
                 'factor': expansion.factor,
                 'held': expansion.held,
-                'search': telling.tracking(telling.search_curves(setup.workdir, stage)),
+                'search': hosts.first(
+                    lambda stage=stage: telling.tracking(
+                        telling.search_curves(setup.workdir, stage)
+                    )
+                ),
             }
         )
         setup.display.message(f'{stage}: widened by {expansion.factor:.3f}')
@@ -430,7 +470,15 @@ def trace_again(
             'those of the full one, so that it cannot be searched again; '
             'set config.search.alternations=1'
         )
-    return blocking.measured(graph, config.budget.get('latency'), config.blocks)
+    return measured(config, graph)
+
+
+def measured(config: ml_collections.ConfigDict, graph: tracing.Graph) -> tracing.Graph:
+    """The graph, with latency if there is a budget in it: that of process 0's device."""
+    polynomial = hosts.first(
+        lambda: blocking.measured(graph, config.budget.get('latency'), config.blocks).polynomial
+    )
+    return dataclasses.replace(graph, polynomial=polynomial)
 
 
 def search_structure(
@@ -481,11 +529,16 @@ def search_structure(
     student = {**start, 'params': gating.gated(course.gates, start['params'])}
 
     def steer(step: int, state: train.TrainState, memory: control.State):
-        if not step and worth != 'gates':
-            measured = evidence(setup, graph.model, worth)
-            scores = criteria.CRITERIA[worth](graph, jax.device_get(start), measured)
-            memory = learn.first(whole, state.params, scores)
-        memory = learn.press(body(memory.physical), step, state.params, memory)
+        if step % course.period == 0:  # between two rounds of control nothing is looked at
+            params = meshes.gathered(state.params)
+            if not step and worth != 'gates':
+                scores = hosts.first(
+                    lambda: criteria.CRITERIA[worth](
+                        graph, jax.device_get(start), evidence(setup, graph.model, worth)
+                    )
+                )
+                memory = learn.first(whole, params, scores)
+            memory = hosts.agreed(learn.press(body(memory.physical), step, params, memory))
         return memory, {'strength': learn.strength(body(memory.physical), memory)}
 
     def facts(memory: control.State) -> dict[str, float]:
@@ -511,14 +564,16 @@ def search_structure(
         kept=lambda memory: memory.physical,
         narrow=functools.partial(learn.narrow, graph),
     )
-    telling.plot_search(
-        telling.search_curves(setup.workdir, aim.stage),
-        setup.workdir / f'{aim.stage}.png',
-        say=setup.display.message,
+    hosts.first(
+        lambda: telling.plot_search(
+            telling.search_curves(setup.workdir, aim.stage),
+            setup.workdir / f'{aim.stage}.png',
+            say=setup.display.message,
+        )
     )
     found = body(end.memory.physical)
     student = learn.whole(found, train.variables(end.state), start)
-    return student, learn.choose(found, end.state.params, end.memory)
+    return student, hosts.agreed(learn.choose(found, end.state.params, end.memory))
 
 
 def prune_in_rounds(
@@ -542,17 +597,20 @@ def prune_in_rounds(
     def steer(step: int, state: train.TrainState, keep: tracing.Keep):
         progress = rounds.due(step, steps, config.rounds)
         if progress is not None:
-            keep = rounds.cut_down(
-                graph,
-                jax.device_get(train.variables(state)),
-                keep,
-                config.method,
-                evidence(setup, network(keep).model, config.method),
-                budgets,
-                progress,
-                blocks=aim.blocks,
-                round_to=config.round_to,
-                min_keep=config.min_keep,
+            variables, there = meshes.gathered(train.variables(state)), keep
+            keep = hosts.first(
+                lambda: rounds.cut_down(
+                    graph,
+                    jax.device_get(variables),
+                    there,
+                    config.method,
+                    evidence(setup, network(there).model, config.method),
+                    budgets,
+                    progress,
+                    blocks=aim.blocks,
+                    round_to=config.round_to,
+                    min_keep=config.min_keep,
+                )
             )
         return keep, {}
 
@@ -576,25 +634,25 @@ def prune_in_rounds(
 def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Evidence:
     """What a criterion measures a network with: its loss on small batches of training images.
 
-    Without images for criteria that look at none.
+    Without images for criteria that look at none. On one device, however many there are.
     """
-    devices = setup.mesh.size
+    mesh = meshes.alone()
     images = train.batches(
-        setup.train,
-        devices * -(-SMALL_BATCH // devices),
-        setup.mesh,
+        setup.train._replace(images=None),
+        SMALL_BATCH,
+        mesh,
         seed=setup.config.seed,
         start=0,
         stop=criteria.BATCHES if criterion in criteria.ON_DATA else 0,
     )
-    loss = train.make_loss(model, setup.preprocessing, setup.mesh)
+    loss = train.make_loss(model, setup.preprocessing, mesh)
     return criteria.Evidence(loss, tuple(images), setup.config.seed)
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:
     """Trains the compact network on, or from scratch, under the same teacher."""
     config = setup.config.distil
-    setup.display.message(watch.overview('student', small.variables, setup.workdir))
+    _tell_parameters(setup, 'student', small.variables)
     start = small.variables
     if config.init == 'scratch':
         image = jnp.zeros(plan.graph.inputs[0].shape)
@@ -609,6 +667,7 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             setup.mesh,
             batch_size=config.batch_size,
             steps=config.recalibrate,
+            compute_dtype=setup.config.compute_dtype,
         )
     end = loop.fit(
         setup,
@@ -630,7 +689,10 @@ def report(
     small: CompactModel,
     expansions: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Reads the test part, for the first and last time, and writes down what came out."""
+    """Reads the test part, for the first and last time, and writes down what came out.
+
+    The networks compute in float32, as they are handed on, whatever they were trained in.
+    """
     config = setup.config
     test = train.put(setup.load('test'), setup.mesh)
     batch_size = config.distil.batch_size
@@ -643,9 +705,11 @@ def report(
     inference: dict[str, Callable[[], Any]] = {}
     for name, (module, variables, cost) in networks.items():
         step = train.make_eval_step(module, setup.preprocessing, setup.mesh)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+        variables = meshes.place(variables, variables['params'], setup.mesh)
         inference[name] = functools.partial(step, variables, batch, np.ones(batch_size, bool))
         plain = jax.jit(functools.partial(module.apply, train=False))
-        analysis = plain.lower(variables, plan.graph.inputs[0]).compile().cost_analysis() or {}
+        analysis = plain.lower(shapes, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
             'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
             **{
@@ -656,8 +720,21 @@ def report(
     for name, milliseconds in _time(inference).items():
         rows[name]['milliseconds'] = milliseconds
 
+    return hosts.first(lambda: write_down(setup, plan, networks, rows, small.structure, expansions))
+
+
+def write_down(
+    setup: loop.Setup,
+    plan: Plan,
+    networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]],
+    rows: Mapping[str, Mapping[str, Any]],
+    found: structure.Structure,
+    expansions: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Writes the report, with what the workdir tells of the run."""
+    config = setup.config
     outcomes = loop.outcomes(setup)
-    kept = {name: len(group['kept']) for name, group in small.structure.groups.items()}
+    kept = {name: len(group['kept']) for name, group in found.groups.items()}
     result = {
         **rows,
         'budget': {b.resource: config.budget[b.resource] for b in plan.budgets if not b.block},
@@ -673,7 +750,7 @@ def report(
         ],
         'search': telling.tracking(telling.search_curves(setup.workdir)),
         'removal': telling.removals(setup.workdir),
-        'inexact': small.structure.inexact,
+        'inexact': found.inexact,
         'seconds': {name: outcome['seconds'] for name, outcome in outcomes.items()},
         'best': {
             name: {'step': outcome['best']['step'], **outcome['best']['metrics']}
@@ -684,7 +761,7 @@ def report(
             name: outcome['rollbacks'] for name, outcome in outcomes.items() if outcome['rollbacks']
         },
         'input_shape': list(plan.info.image_shape),
-        'inference_batch': batch_size,
+        'inference_batch': config.distil.batch_size,
         'config': records.record(config),
         'seed': config.seed,
         'versions': records.versions(),

@@ -16,7 +16,7 @@ with 128 plus the signal's number, as a shell would say it: 130 for SIGINT, 143 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
@@ -49,16 +49,21 @@ class Requests:
         with self._lock:
             self._holding = True
 
-    def release(self) -> None:
-        """From now on a signal ends the process; raises Stopped if one has been waiting."""
+    def release(self, anywhere: Callable[[bool], bool] = bool) -> None:
+        """From now on a signal ends the process; raises Stopped if one has been waiting.
+
+        `anywhere` tells of several processes whether one has in any of them.
+        """
         with self._lock:
             self._holding = False
-        if self.asked:
+        if anywhere(self.asked is not None):
             raise self.stopped('at the end of a stage')
 
     def stopped(self, where: str) -> errors.Stopped:
         """The exception to raise for what was asked."""
-        return errors.Stopped(f'stopped by {self.asked.name} {where}', self.asked)
+        # Of several processes, another one may have been asked.
+        asked = self.asked or signal.SIGTERM
+        return errors.Stopped(f'stopped by {asked.name} {where}', asked)
 
     @contextlib.contextmanager
     def listening(self, workdir: str) -> Iterator[None]:

@@ -1,10 +1,11 @@
-"""Training steps, and the loop that runs them: jitted, donated, on a mesh of all devices."""
+"""Training steps: jitted, donated, on a mesh of all devices."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxkd import cpu, data
+from jaxkd import cpu, data, precision
+from jaxkd import mesh as meshes
 
-P = sharding.PartitionSpec
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
 # Batches on their way to the device while one is computed with.
 AHEAD = 1
@@ -74,20 +75,10 @@ class Preprocessing(NamedTuple):
     augmentation: data.Augmentation = data.Augmentation()
 
 
-def make_mesh() -> sharding.Mesh:
-    """All devices along one axis, 'data'."""
-    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(sharding.AxisType.Auto,))
-
-
-def replicate(tree: Any, mesh: sharding.Mesh) -> Any:
-    """`tree` on every device of the mesh."""
-    return jax.device_put(tree, sharding.NamedSharding(mesh, P()))
-
-
 def put(split: data.Split, mesh: sharding.Mesh) -> Examples:
     """A split on the devices, its images too if they are in memory."""
-    images = None if split.images is None else replicate(split.images, mesh)
-    return Examples(images, replicate(split.labels, mesh), split)
+    images = None if split.images is None else meshes.replicate(split.images, mesh)
+    return Examples(images, meshes.replicate(split.labels, mesh), split)
 
 
 def learning_rate(config: Mapping[str, Any], steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -171,6 +162,9 @@ def make_train_step(
     ema_decay: float,
     teacher: nn.Module | None = None,
     fold: Fold | None = None,
+    accumulate: int = 1,
+    compute_dtype: str = 'float32',
+    layout: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A step `(state, batch, teacher_variables, extra) -> state, metrics`.
 
@@ -180,11 +174,18 @@ def make_train_step(
     Metrics are float32 []: the batch's mean loss and accuracy, where an answer to a mixed image is
     right by the share of the image that it names. The state is donated.
 
-    The batch is sharded over the mesh and everything else replicated, so that BatchNorm statistics
-    and gradients are those of the whole batch, however many devices there are.
+    The batch is sharded over the mesh, so that BatchNorm statistics and gradients are those of the
+    whole batch, however many devices there are. `layout` is where the state lies (see
+    `jaxkd.mesh.shardings`), everywhere by default.
+
+    With `accumulate` above 1 the batch is computed in so many parts, one after the other, and the
+    mean of their gradients is taken. Then BatchNorm normalizes each part by its own statistics, and
+    the running ones move with each part. Every part has random keys of its own.
+
+    Both networks compute in `compute_dtype` (see `jaxkd.precision`); logits, loss, parameters,
+    statistics and the optimizer's state are float32.
     """
-    everywhere = sharding.NamedSharding(mesh, P())
-    split = sharding.NamedSharding(mesh, P('data'))
+    everywhere, split = meshes.everywhere(mesh), meshes.along_batch(mesh)
 
     def step(state, batch, teacher_variables, extra):
         images, labels = _gather(batch, split)
@@ -196,29 +197,48 @@ def make_train_step(
         )
         # 0 and 1 would be the keys that `augment` splits its own into.
         views, share = data.vary(jax.random.fold_in(view_key, 2), views, preprocessing.augmentation)
-        inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
-            teacher_logits = teacher and teacher.apply(teacher_variables, inputs, train=False)
+        # Of a mixed image what its two halves show, and how much of it the first one is.
+        shown = (labels,) if share is None else (labels, data.partners(labels), share)
 
-            def objective(params):
-                if fold:
-                    params = fold(params, jax.random.fold_in(dropout_key, 0))
-                logits, new = model.apply(
-                    _variables(params, state.batch_stats),
-                    inputs,
-                    train=True,
-                    mutable=['batch_stats'],
-                    rngs={'dropout': dropout_key},
-                )
-                logits = logits.astype(jnp.float32)
-                value = _shared(lambda y: loss(logits, teacher_logits, y), labels, share)
-                return jnp.mean(value), (logits, new)
+        def learn_from(batch_stats, views, shown, key):
+            """Gradients of the mean loss, new statistics and metrics."""
+            inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
+            inputs = inputs.astype(compute_dtype)
+            with cpu.fast_convolutions(), precision.computing(compute_dtype):
+                teacher_logits = None
+                if teacher:
+                    teacher_logits = teacher.apply(teacher_variables, inputs, train=False)
+                    teacher_logits = teacher_logits.astype(jnp.float32)
 
-            grad = jax.value_and_grad(objective, has_aux=True)
-            (value, (logits, new)), gradients = grad(state.params)
+                def objective(params):
+                    if fold:
+                        params = fold(params, jax.random.fold_in(key, 0))
+                    logits, new = model.apply(
+                        _variables(params, batch_stats),
+                        inputs,
+                        train=True,
+                        mutable=['batch_stats'],
+                        rngs={'dropout': key},
+                    )
+                    logits = logits.astype(jnp.float32)
+                    value = _shared(lambda labels: loss(logits, teacher_logits, labels), *shown)
+                    return jnp.mean(value), (logits, new)
+
+                grad = jax.value_and_grad(objective, has_aux=True)
+                (value, (logits, new)), gradients = grad(state.params)
+            right = _shared(lambda labels: jnp.argmax(logits, -1) == labels, *shown)
+            metrics = {'loss': value, 'accuracy': jnp.mean(right, dtype=jnp.float32)}
+            return gradients, new.get('batch_stats', {}), metrics
+
+        if accumulate == 1:
+            found = learn_from(state.batch_stats, views, shown, dropout_key)
+        else:
+            parts = jax.tree.map(lambda array: _parts(array, accumulate, mesh), (views, shown))
+            keys = jax.random.split(dropout_key, accumulate)
+            found = _in_turn(learn_from, state.batch_stats, (*parts, keys))
+        gradients, batch_stats, metrics = found
         updates, opt_state = tx.update(gradients, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        batch_stats = new.get('batch_stats', {})
         # A short memory at first: the average of the first steps would be that of random weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(
@@ -226,23 +246,52 @@ def make_train_step(
             state.ema,
             {'params': params, 'batch_stats': batch_stats},
         )
-        right = _shared(lambda y: jnp.argmax(logits, -1) == y, labels, share)
-        metrics = {'loss': value, 'accuracy': jnp.mean(right, dtype=jnp.float32)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout or everywhere, everywhere))
+
+
+def _parts(array: jax.Array, number: int, mesh: sharding.Mesh) -> jax.Array:
+    """[batch, …] as [number, batch / number, …].
+
+    Each part has rows of every device, those that it has already.
+    """
+    parts = array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(parts, meshes.along_batch(mesh, axis=1))
+
+
+def _in_turn(
+    learn_from: Callable[..., tuple[Any, Any, Any]], batch_stats: Any, parts: tuple[Any, ...]
+) -> tuple[Any, Any, Any]:
+    """Mean gradients, last statistics and mean metrics of the parts of a batch."""
+
+    def add(carry, part):
+        batch_stats, sums = carry
+        gradients, batch_stats, metrics = learn_from(batch_stats, *part)
+        return (batch_stats, jax.tree.map(jnp.add, sums, (gradients, metrics))), None
+
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
+    gradients, _, metrics = jax.eval_shape(learn_from, batch_stats, *first)
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradients, metrics))
+    (batch_stats, sums), _ = jax.lax.scan(add, (batch_stats, sums), parts)
+    number = len(jax.tree.leaves(parts)[0])
+    gradients, metrics = jax.tree.map(lambda total: total / number, sums)
+    return gradients, batch_stats, metrics
 
 
 def _shared(
-    value: Callable[[jax.Array], jax.Array], labels: jax.Array, share: jax.Array | None
+    value: Callable[[jax.Array], jax.Array],
+    labels: jax.Array,
+    others: jax.Array | None = None,
+    share: jax.Array | None = None,
 ) -> jax.Array:
     """`value(labels)` for each example; of mixed ones that of both labels, by their shares.
 
     For cross-entropy this is that with the mixture of the labels, in which it is linear.
     """
-    if share is None:
+    if others is None:
         return value(labels)
-    return share * value(labels) + (1 - share) * value(data.partners(labels))
+    return share * value(labels) + (1 - share) * value(others)
 
 
 def make_eval_step(
@@ -259,7 +308,7 @@ def make_eval_step(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.stack([jnp.sum(right & valid), jnp.sum(jnp.where(valid, losses, 0.0))])
 
-    return jax.jit(step, out_shardings=sharding.NamedSharding(mesh, P()))
+    return jax.jit(step, out_shardings=meshes.everywhere(mesh))
 
 
 def make_loss(
@@ -282,7 +331,7 @@ def _logits(
     mesh: sharding.Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits in eval mode, float32 [batch, classes], and labels."""
-    images, labels = _gather(batch, sharding.NamedSharding(mesh, P('data')))
+    images, labels = _gather(batch, meshes.along_batch(mesh))
     inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
     with cpu.fast_convolutions():
         return model.apply(variables, inputs, train=False).astype(jnp.float32), labels
@@ -297,18 +346,20 @@ def recalibrate(
     *,
     batch_size: int,
     steps: int,
+    compute_dtype: str = 'float32',
 ) -> Any:
     """The variables with running statistics that `steps` batches have moved, as training does.
 
     Without augmentation: with the inputs of evaluation.
     """
-    split = sharding.NamedSharding(mesh, P('data'))
+    split = meshes.along_batch(mesh)
 
-    @functools.partial(jax.jit, out_shardings=sharding.NamedSharding(mesh, P()))
+    @functools.partial(jax.jit, out_shardings=meshes.everywhere(mesh))
     def step(variables, batch):
         images, _ = _gather(batch, split)
         inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
-        with cpu.fast_convolutions():
+        inputs = inputs.astype(compute_dtype)
+        with cpu.fast_convolutions(), precision.computing(compute_dtype):
             _, new = model.apply(
                 variables,
                 inputs,
@@ -318,10 +369,10 @@ def recalibrate(
             )
         return {**variables, **new}
 
-    variables = replicate(variables, mesh)
+    variables = meshes.place(variables, variables['params'], mesh)
     for batch in batches(examples, batch_size, mesh, seed=0, start=0, stop=steps):
         variables = step(variables, batch)
-    return variables
+    return meshes.gathered(variables)
 
 
 def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[Any, Any]:
@@ -338,21 +389,16 @@ def make_batch(
 ) -> dict[str, jax.Array]:
     """The batch of the examples `indices`: gathered on the device if the images are there.
 
-    Otherwise they are `images`, or fetched as evaluation sees them.
+    Otherwise they are `images`, or fetched as evaluation sees them. Of several processes each has,
+    or fetches, the rows of its own devices alone.
     """
-    split = sharding.NamedSharding(mesh, P('data'))
+    own = indices[meshes.own_rows(len(indices), mesh)]
+    put = functools.partial(meshes.assembled, size=len(indices), mesh=mesh)
     if examples.images is not None:
-        return {
-            'images': examples.images,
-            'labels': examples.labels,
-            'indices': jax.device_put(indices, split),
-        }
+        return {'images': examples.images, 'labels': examples.labels, 'indices': put(own)}
     if images is None:
-        images = examples.split.fetch(indices)
-    return {
-        'images': jax.device_put(images, split),
-        'labels': jax.device_put(examples.split.labels[indices], split),
-    }
+        images = examples.split.fetch(own)
+    return {'images': put(images), 'labels': put(examples.split.labels[own])}
 
 
 def batches(
@@ -375,7 +421,8 @@ def batches(
         for _, indices in steps:
             yield make_batch(examples, indices, mesh)
         return
-    with contextlib.closing(data.read_ahead(examples.split.files, steps, seed=seed)) as images:
+    own = dataclasses.replace(steps, rows=meshes.own_rows(batch_size, mesh))
+    with contextlib.closing(data.read_ahead(examples.split.files, own, seed=seed)) as images:
         ahead = collections.deque()
         for (_, indices), read in zip(steps, images, strict=True):
             ahead.append(make_batch(examples, indices, mesh, read))

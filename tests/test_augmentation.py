@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 import pytest
 
 from jaxkd import data, errors, train
+from jaxkd import mesh as meshes
 from jaxkd.data import augmentation
 from jaxkd.data.split import in_memory
 
@@ -106,7 +107,7 @@ def test_labels_are_mixed_as_images_are():
     labels = np.arange(16, dtype=np.int32) * 13 % 10
     images = (labels[:, None, None, None] * np.ones((1, 8, 8, 1))).astype(np.float32)
     weights = jnp.asarray(RNG.normal(size=16))  # without, errors would cancel in the mean
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     batch = train.make_batch(train.put(in_memory(images, labels), mesh), np.arange(16), mesh)
     tx = optax.sgd(0.1)
     mixing = data.Augmentation(mixup=1.0, cutmix=1.0)

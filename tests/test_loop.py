@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jaxkd import checkpoint, data, errors, loop, stopping, train, watch
+from jaxkd import mesh as meshes
 
 STAGE = {
     'epochs': 3.0,
@@ -80,7 +81,7 @@ NAN = spoil(8, lambda u: u * jnp.nan)  # which the loss of step 9 shows
 def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields):
     """A stage as `pipeline` runs one; its end, and what it says."""
     config = ml_collections.ConfigDict(CONFIG | {'teacher': STAGE | (teacher or {})} | fields)
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     learning = data.load('digits', 'train', labels=IMAGES)
     validation = data.load('digits', 'validation')
     display = watch.Display([('teacher', 15)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxkd import data, errors, train
+from jaxkd import mesh as meshes
 
 CONFIG = {
     'learning_rate': 0.1,
@@ -33,14 +34,14 @@ class Tiny(nn.Module):
 
 def _learn(steps, in_memory=True, teacher=False):
     """Losses of the first steps on digits, and the last state."""
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     split = data.load('digits', 'train')
     examples = train.put(split if in_memory else split._replace(images=None), mesh)
     schedule = train.learning_rate(CONFIG, 40, 20)
     tx = train.optimizer(CONFIG, schedule)
     model = Tiny()
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    state = train.replicate(train.create_state(variables, tx), mesh)
+    state = meshes.replicate(train.create_state(variables, tx), mesh)
     step = train.make_train_step(
         model,
         tx,
@@ -106,7 +107,7 @@ def test_smoothed_labels_by_hand():
 
 
 def test_batches_depend_on_the_step_alone():
-    mesh = train.make_mesh()
+    mesh = meshes.make_mesh()
     examples = train.put(data.load('digits', 'train'), mesh)
     whole = [b['indices'] for b in train.batches(examples, 64, mesh, seed=3, start=0, stop=40)]
     rest = [b['indices'] for b in train.batches(examples, 64, mesh, seed=3, start=25, stop=40)]

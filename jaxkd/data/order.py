@@ -44,6 +44,7 @@ class Steps:
     """The steps from `start` to `stop` of a training: a sequence of (step, indices int32 [batch]).
 
     Each is a function of the step alone, so that a resumed run reads what an unkilled one would.
+    With `rows`, int [n], the indices are those rows of the batch.
     """
 
     size: int
@@ -51,6 +52,7 @@ class Steps:
     seed: int
     start: int
     stop: int
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -60,7 +62,8 @@ class Steps:
             raise IndexError(place)
         step = self.start + place
         epoch, position = divmod(step, _steps(self.size, self.batch_size))
-        return step, _known_order(self.size, self.batch_size, self.seed, epoch)[position]
+        batch = _known_order(self.size, self.batch_size, self.seed, epoch)[position]
+        return step, batch if self.rows is None else batch[self.rows]
 
 
 @functools.lru_cache(maxsize=2)

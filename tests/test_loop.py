@@ -24,10 +24,13 @@ STAGE = {
     'momentum': 0.9,
     'weight_decay': 0.0,
     'ema_decay': 0.5,
+    'accumulate': 1,
     'choose': 'last',
 }
 CONFIG = {
     'seed': 0,
+    'compute_dtype': 'float32',
+    'sharding': (),
     'log_every': 4,
     'checkpoint_seconds': 0.0,
     'checkpoint_keep': 2,
@@ -87,7 +90,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
     display = watch.Display([('teacher', 15)])
     display.message = (said if said is not None else []).append
     variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    with watch.MetricsLog(workdir, display.message) as log:
+    with watch.MetricsLog(workdir, say=display.message) as log:
         setup = loop.Setup(
             config=config,
             workdir=workdir,
@@ -99,6 +102,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
             chance=np.log(10),
             log=log,
             display=display,
+            load=lambda part: data.load('digits', part),
             stops=After(stop),
         )
         end = loop.fit(
@@ -115,7 +119,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
 
 def rows(workdir):
     return [
-        {key: value for key, value in row.items() if key != 'examples_per_second'}
+        {key: value for key, value in row.items() if key not in watch.PERFORMANCE}
         for row in watch.read_metrics(workdir)
     ]
 

@@ -156,6 +156,10 @@ def test_halved_at_random(name, seed):
     assert again.cost() == graph.cost(keep)
 
 
+# Those of which a training step is not only traced but compiled and run, which takes long.
+TRAINED = ('mobilenet_v2', 'mobilevit_xxs', 'resnet20', 'squeezenet1_1', 'unet')
+
+
 @pytest.mark.filterwarnings('ignore:.*no channel can be removed')
 @pytest.mark.parametrize('name', SMALL)
 def test_a_compact_network_learns(name):
@@ -186,6 +190,9 @@ def test_a_compact_network_learns(name):
         params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
         return value, loss(params), optax.global_norm(grads)
 
+    if name not in TRAINED:
+        assert all(found.shape == () for found in jax.eval_shape(step, images))
+        return
     compiled = jax.jit(step).lower(images).compile(compiler_options=cutting.QUICK)
     before, after, norm = compiled(images)
     assert after < before and np.isfinite(norm)

@@ -113,7 +113,7 @@ def test_damaged_lines_are_reported_and_put_right_by_whoever_has_the_rows(tmp_pa
     with pytest.raises(errors.CheckpointError, match='metrics.jsonl: line 2 is damaged'):
         watch.read_metrics(tmp_path)
     said = []
-    with watch.MetricsLog(tmp_path, said.append) as log:
+    with watch.MetricsLog(tmp_path, say=said.append) as log:
         assert len(said) == 1 and 'metrics.jsonl: line 2 is damaged' in said[0]
         log.put('a', [row('a', 1), row('a', 3)])
     assert watch.read_metrics(tmp_path) == [row('a', 1), row('a', 3)]

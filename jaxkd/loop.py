@@ -392,8 +392,9 @@ def _packed(work: Work, point: Point) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _save(work: Work, stage: checkpoint.Stage, point: Point, *, wait: bool = False) -> None:
     """Saves a point, unless its state is not finite: then the next row of the log will say so."""
-    if reaching.finite(_leaves(point.state)):
-        stage.save(point.progress.step, *_packed(work, point), wait=wait)
+    tree, notes = _packed(work, point)
+    if reaching.finite(checkpoint.part(tree, 'state')):
+        stage.save(point.progress.step, tree, notes, wait=wait)
 
 
 def _leaves(state: train.TrainState, memory: Any = None) -> dict[str, np.ndarray]:

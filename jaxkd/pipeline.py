@@ -69,6 +69,8 @@ CHOICES = {
     'distil': {'init': ('search', 'scratch'), 'choose': loop.CHOICES},
     'teacher': {'choose': loop.CHOICES},
 }
+# The parts of a config that a teacher does not depend on.
+AFTER_TEACHER = ('search', 'distil', 'budget', 'blocks', 'inexact')
 # Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
 SMALL_BATCH = 16
 # How often inference is timed, the networks taking turns.
@@ -397,7 +399,7 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
         # Runs that differ in what comes later may share a teacher.
-        given={part: config[part] for part in ('seed', 'model', 'data', 'teacher')},
+        given={part: value for part, value in config.items() if part not in AFTER_TEACHER},
     )
     return loop.chosen(setup, 'teacher', end)
 

@@ -12,12 +12,12 @@ import pytest
 
 from jaxkd import data, errors, train
 from jaxkd import mesh as meshes
-from jaxkd.data import augmentation
+from jaxkd.data import operations
 from jaxkd.data.split import in_memory
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 256, (16, 40, 30, 3)).astype(np.uint8)
+IMAGES = RNG.integers(9, 240, (16, 40, 40, 3)).astype(np.uint8)
 EVERYTHING = data.Augmentation(0.4, True, 0.5, 0.2, 1.0)
 
 
@@ -135,7 +135,9 @@ def test_erasing_takes_2_to_33_percent_of_the_area():
     erased = np.asarray(erasing(KEY, images, 0.5))[..., 0]
     gone = erased != 1000
     assert 150 < gone.any((1, 2)).sum() < 250
-    assert erased[gone].min() >= 0 and erased[gone].max() <= 255 and len(set(erased[gone])) == 256
+    colours = [set(e[g]) for e, g in zip(erased, gone) if g.any()]
+    assert all(len(colour) == 1 for colour in colours)
+    assert set.union(*colours) <= set(range(256)) and len(set.union(*colours)) > 100
     shapes = [(g.any(1).sum(), g.any(0).sum()) for g in gone if g.any()]
     assert [h * w for h, w in shapes] == [g.sum() for g in gone if g.any()]
     areas = np.array([h * w for h, w in shapes]) / 600
@@ -159,14 +161,14 @@ def test_jitter_keeps_within_its_strength():
 
 
 def operate(images, name, strength, sign=1.0):
-    kinds = np.full(len(images), list(augmentation.OPERATIONS).index(name))
+    kinds = np.full(len(images), list(operations.OPERATIONS).index(name))
     signs = np.full(len(images), sign, np.float32)
     return np.asarray(
         _operate(images, kinds, np.broadcast_to(np.float32(strength), len(images)), signs)
     )
 
 
-_operate = jax.jit(augmentation.apply_operation)
+_operate = jax.jit(operations.apply)
 
 
 def with_pil(function):
@@ -194,40 +196,38 @@ def test_operations_do_what_pil_does(name, strength, sign, expected, off):
 
 
 def test_strength_zero_is_identity():
-    for name in augmentation.OPERATIONS:
+    for name in operations.OPERATIONS:
         if name not in ('stretch', 'equalize'):  # which have no strength
             assert (operate(IMAGES, name, 0.0) == IMAGES).all(), name
 
 
 def test_movements_by_hand():
-    square = IMAGES[:, :10, :10]
-    np.testing.assert_array_equal(operate(square, 'rotate', 2 / 3), np.rot90(square, 1, (1, 2)))
-    np.testing.assert_array_equal(
-        operate(square, 'rotate', 2 / 3, -1), np.rot90(square, -1, (1, 2))
-    )
-    moved = np.zeros_like(square)
-    moved[:, :, :-3] = square[:, :, 3:]
-    np.testing.assert_array_equal(operate(square, 'shift_x', 0.3), moved)  # of 10 pixels
-    moved = np.zeros_like(square)
-    moved[:, 3:] = square[:, :-3]
-    np.testing.assert_array_equal(operate(square, 'shift_y', 0.3, -1), moved)
-    wide = RNG.integers(0, 256, (1, 3, 100, 1)).astype(np.uint8)
-    assert (operate(wide, 'shift_x', 1.0)[:, :, :68] == wide[:, :, 32:]).all()
-    # Rows 1 above and below the middle move by 0.99 · 0.5 pixels, one to each side.
-    sheared = operate(wide, 'shear_x', 0.5).astype(float)
-    assert (sheared[0, 1] == wide[0, 1]).all()
-    for row, other in ((0, 1), (2, -1)):
-        between = 0.505 * wide[0, row] + 0.495 * np.roll(wide[0, row], other, 0)
-        np.testing.assert_allclose(sheared[0, row, 1:-1], between[1:-1], atol=0.51)
-    turned = operate(wide.swapaxes(1, 2), 'shear_y', 0.5)
-    np.testing.assert_array_equal(turned.swapaxes(1, 2), sheared)
+    for sign in (1, -1):
+        turned = operate(IMAGES, 'rotate', 2 / 3, sign)
+        np.testing.assert_array_equal(turned, np.rot90(IMAGES, sign, (1, 2)))
+    moved = np.zeros_like(IMAGES)
+    moved[:, :, :-8] = IMAGES[:, :, 8:]
+    np.testing.assert_array_equal(operate(IMAGES, 'shift_x', 0.25), moved)  # of 32 pixels
+    moved = np.zeros_like(IMAGES)
+    moved[:, 32:] = IMAGES[:, :8]
+    np.testing.assert_array_equal(operate(IMAGES, 'shift_y', 1.0, -1), moved)
+    # A row moves by 0.99 · 0.5 pixels for each row between it and the middle, at 19.5.
+    sheared = operate(IMAGES, 'shear_x', 0.5)
+    columns = np.arange(40)
+    for row in (0, 19, 25):
+        places = columns + 0.495 * (row - 19.5)
+        inside = (places >= 0) & (places <= 39)
+        expected = np.interp(places, columns, IMAGES[3, row, :, 1])
+        np.testing.assert_allclose(sheared[3, row, inside, 1], expected[inside], atol=0.51)
+    other = operate(IMAGES.swapaxes(1, 2), 'shear_y', 0.5)
+    np.testing.assert_allclose(other.swapaxes(1, 2), sheared, atol=1)
 
 
 def test_trivial_augment_does_each_operation_to_some():
-    images = np.repeat(IMAGES[:1, :20, :20], 256, 0)
+    images = np.repeat(IMAGES[:1], 256, 0)
     changed = np.asarray(jax.jit(data.trivial_augment)(KEY, images))
     same = (changed == images).all((1, 2, 3)).mean()
     assert 1 / 28 < same < 1 / 5  # the identity, and very weak ones
-    stretched, equalized = operate(images[:1], 'stretch', 0), operate(images[:1], 'equalize', 0)
-    for result in (stretched, equalized):
-        assert 5 < (changed == result).all((1, 2, 3)).sum() < 40
+    for name in ('stretch', 'equalize'):
+        result = operate(images[:16], name, 0)[0]
+        assert 5 < (changed == result).all((1, 2, 3)).sum() < 60

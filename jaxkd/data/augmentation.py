@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-import functools
+from collections.abc import Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from jaxkd.data import operations
 from jaxkd.errors import ConfigError
 
 
@@ -119,13 +119,14 @@ def vary(
     images = random_erasing(erasing_key, images, augmentation.erasing)
     if not augmentation.mixup and not augmentation.cutmix:
         return images, None
+    if not augmentation.cutmix:
+        return mixup(mixing_key, images, augmentation.mixup)
+    if not augmentation.mixup:
+        return cutmix(mixing_key, images, augmentation.cutmix)
     choice_key, mixup_key, cutmix_key = jax.random.split(mixing_key, 3)
     mixed, share = mixup(mixup_key, images, augmentation.mixup)
     pasted, share_left = cutmix(cutmix_key, images, augmentation.cutmix)
-    if augmentation.mixup and augmentation.cutmix:
-        mixes = jax.random.bernoulli(choice_key, 0.5, share.shape)
-    else:
-        mixes = jnp.full(share.shape, augmentation.mixup > 0)
+    mixes = jax.random.bernoulli(choice_key, 0.5, share.shape)
     images = jnp.where(mixes[:, None, None, None], mixed, pasted)
     return images, jnp.where(mixes, share, share_left)
 
@@ -156,9 +157,9 @@ def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, j
     """
     if not alpha:
         return images, jnp.ones(len(images), jnp.float32)
-    share = _beta(key, alpha, len(images))
+    share = _beta(jax.random.uniform(key, (len(images),)), alpha)
     own = share[:, None, None, None]
-    return _as(images, own * images + (1 - own) * partners(images)), share
+    return operations.within(images, own * images + (1 - own) * partners(images)), share
 
 
 def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
@@ -179,11 +180,11 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, 
     number, height, width, _ = images.shape
     if not alpha:
         return images, jnp.ones(number, jnp.float32)
-    share_key, centre_key = jax.random.split(key)
-    share = _beta(share_key, alpha, number)
+    chance = jax.random.uniform(key, (3, number))
+    share = _beta(chance[0], alpha)
     size = jnp.array([[height], [width]])
     half = (size * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
-    centre = jax.random.randint(centre_key, (2, number), 0, size)
+    centre = _whole(chance[1:], size)
     start, stop = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
     pasted = _rectangle(start, stop, images)
     area = jnp.prod(stop - start, axis=0) / (height * width)
@@ -191,9 +192,11 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, 
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Replaces a rectangle by noise, in some of the images.
+    """Paints over a rectangle, in some of the images, in a colour drawn at random.
 
-    Its area is 2 to 33 % of the image's, its height 0.3 to 3.3 times its width where that fits in.
+    One colour, where the paper's best has noise: as many random numbers as there are pixels would
+    take longer than all else, to compile as well as to draw. The rectangle's area is 2 to 33 % of
+    the image's, its height 0.3 to 3.3 times its width where that fits in.
 
     Args:
       key: a JAX random key.
@@ -208,19 +211,18 @@ def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax
     """
     if not probability:
         return images
-    number, height, width, _ = images.shape
-    keys = jax.random.split(key, 5)
-    area = height * width * jax.random.uniform(keys[0], (number,), minval=0.02, maxval=0.33)
-    ratio = jnp.exp(jax.random.uniform(keys[1], (number,), minval=-1.0, maxval=1.0) * jnp.log(3.3))
+    number, height, width, channels = images.shape
+    chance = jax.random.uniform(key, (5 + channels, number))
+    area = height * width * (0.02 + 0.31 * chance[0])
+    ratio = jnp.exp((2 * chance[1] - 1) * jnp.log(3.3))
     ratio = jnp.clip(ratio, area / width**2, height**2 / area)
     sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)])
     sides = jnp.maximum(jnp.round(sides).astype(jnp.int32), 1)
     size = jnp.array([[height], [width]])
-    start = jax.random.randint(keys[2], (2, number), 0, size - sides + 1)
-    chosen = jax.random.bernoulli(keys[3], probability, (number,))
-    erased = _rectangle(start, start + sides * chosen, images)
-    noise = jax.random.randint(keys[4], images.shape, 0, 256)
-    return jnp.where(erased, noise.astype(images.dtype), images)
+    start = _whole(chance[2:4], size - sides + 1)
+    erased = _rectangle(start, start + sides * (chance[4] < probability), images)
+    colour = _whole(chance[5:].T, 256)[:, None, None]
+    return jnp.where(erased, colour.astype(images.dtype), images)
 
 
 def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
@@ -238,16 +240,13 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
     if not strength:
         return images
 
-    def jitter(key, image):
-        keys = jax.random.split(key, 3)
-        image = jnp.clip(pix.random_brightness(keys[0], image, strength), 0, 1)
-        image = jnp.clip(pix.random_contrast(keys[1], image, 1 - strength, 1 + strength), 0, 1)
-        if image.shape[-1] == 3:
-            image = pix.random_saturation(keys[2], image, 1 - strength, 1 + strength)
-        return image
+    def jitter(image, brightness, contrast, saturation):
+        image = jnp.clip(pix.adjust_brightness(image, brightness), 0, 1)
+        image = jnp.clip(pix.adjust_contrast(image, 1 + contrast), 0, 1)
+        return operations.saturated(image, 1 + saturation)
 
-    keys = jax.random.split(key, len(images))
-    return _as(images, 255 * jax.vmap(jitter)(keys, images / 255.0))
+    changes = strength * (2 * jax.random.uniform(key, (3, len(images))) - 1)
+    return operations.within(images, 255 * jax.vmap(jitter)(images / 255.0, *changes))
 
 
 def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -255,7 +254,7 @@ def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
 
     TrivialAugment rather than RandAugment: as good or better in its authors' comparison, with no
     number to tune, and with one operation an image all shapes are static at the cost of one
-    resampling and ten operations on pixels.
+    resampling and eight operations on colours.
 
     The operations and their strengths are the paper's wide ones: identity, shears by up to 0.99,
     shifts by up to 32 pixels (at most the image's side), rotation by up to 135°; brightness,
@@ -275,159 +274,27 @@ def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
       Müller, Hutter 2021, TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation,
       https://arxiv.org/abs/2103.10158
     """
-    kind_key, strength_key, sign_key = jax.random.split(key, 3)
-    number = (len(images),)
-    kind = jax.random.randint(kind_key, number, 0, len(OPERATIONS))
-    strength = jax.random.uniform(strength_key, number)
-    sign = jax.random.rademacher(sign_key, number, jnp.float32)
-    return apply_operation(images, kind, strength, sign)
+    kind, strength, side = jax.random.uniform(key, (3, len(images)))
+    kind = _whole(kind, len(operations.OPERATIONS))
+    return operations.apply(images, kind, strength, jnp.where(side < 0.5, -1.0, 1.0))
 
 
-def apply_operation(
-    images: jax.Array, kind: jax.Array, strength: jax.Array, sign: jax.Array
-) -> jax.Array:
-    """One of `OPERATIONS` for each image.
-
-    Args:
-      images: [n, height, width, channels] of values 0 to 255, uint8 or float.
-      kind: int32 [n], places in `OPERATIONS`.
-      strength: float32 [n] in [0, 1].
-      sign: float32 [n], 1 or -1: the direction, of operations that have one.
-
-    Returns:
-      An array like `images`.
-    """
-    shape = images.shape[1:]
-    names = list(OPERATIONS)
-    colours = [OPERATIONS[name] or _same for name in names]
-
-    def one(image, kind, strength, sign):
-        signed = sign * strength
-        amounts = {
-            name: jnp.where(kind == place, signed, 0.0)
-            for place, name in enumerate(names)
-            if OPERATIONS[name] is None
-        }
-        image = _resampled(image, *_affine(amounts, shape))
-        return jax.lax.switch(kind, colours, image, strength, signed)
-
-    changed = jax.vmap(one)(images / 255.0, kind, strength, sign)
-    return _as(images, 255 * changed)
+# Random numbers of other kinds from uniform ones in [0, 1): each draw is a hash to compile.
 
 
-def _affine(amounts: Mapping[str, jax.Array], shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """The matrix [2, 2] about the centre and the shift [2] that lead from output to input pixels.
-
-    `amounts` are strengths in [-1, 1], all but one of them 0.
-    """
-    angle = jnp.deg2rad(135.0) * amounts['rotate']
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    matrix = jnp.array(
-        [[cos, sin + 0.99 * amounts['shear_y']], [0.99 * amounts['shear_x'] - sin, cos]]
-    )
-    shift = jnp.array([amounts['shift_y'], amounts['shift_x']])
-    return matrix, shift * jnp.minimum(32, jnp.array(shape[:2]))
-
-
-def _resampled(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
-    """The image [height, width, channels] at other places, interpolated; 0 outside."""
-    height, width, _ = image.shape
-    centre = (jnp.array([height, width]) - 1)[:, None, None] / 2
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing='ij')) - centre
-    # Written out, since a matrix product may round its numbers to fewer bits on a TPU or GPU.
-    places = matrix[:, :1, None] * grid[0] + matrix[:, 1:, None] * grid[1]
-    places = places + centre + shift[:, None, None]
-    # Not dm-pix's affine_transform, which interpolates between channels as well: 109 ms for
-    # 128x32x32x3 on two CPU cores, this 2.5 ms.
-    interpolate = functools.partial(
-        jax.scipy.ndimage.map_coordinates, coordinates=places, order=1, mode='constant'
-    )
-    return jax.vmap(interpolate, in_axes=-1, out_axes=-1)(image)
-
-
-# Of an image [height, width, channels] in [0, 1], a strength in [0, 1], and one in [-1, 1].
-
-
-def _same(image, strength, signed):
-    return image
-
-
-def _brightness(image, strength, signed):
-    return image * (1 + 0.99 * signed)
-
-
-def _contrast(image, strength, signed):
-    return pix.adjust_contrast(image, 1 + 0.99 * signed)
-
-
-def _saturation(image, strength, signed):
-    return pix.adjust_saturation(image, 1 + 0.99 * signed) if image.shape[-1] == 3 else image
-
-
-def _sharpness(image, strength, signed):
-    """Away from its mean with its neighbours, or towards it; the outermost pixels stay."""
-    rows = image[:-2] + image[1:-1] + image[2:]
-    around = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * image[1:-1, 1:-1]
-    smooth = image.at[1:-1, 1:-1].set(around / 13)
-    return smooth + (1 + 0.99 * signed) * (image - smooth)
-
-
-def _posterize(image, strength, signed):
-    step = 2.0 ** jnp.round(6 * strength)
-    return jnp.floor(jnp.round(255 * image) / step) * step / 255
-
-
-def _solarize(image, strength, signed):
-    return pix.solarize(image, (1 - strength) * 256 / 255)
-
-
-def _stretch(image, strength, signed):
-    """Each channel from 0 to 1."""
-    low, high = jnp.min(image, (0, 1)), jnp.max(image, (0, 1))
-    return jnp.where(high > low, (image - low) / jnp.where(high > low, high - low, 1), image)
-
-
-def _equalize(image, strength, signed):
-    """Each channel with all values about as frequent: as PIL.ImageOps.equalize does it."""
-
-    def channel(values):
-        values = jnp.round(255 * values).astype(jnp.int32)
-        counts = jnp.zeros(256, jnp.int32).at[values].add(1)
-        step = (values.size - counts[jnp.max(values)]) // 255
-        table = (step // 2 + jnp.cumsum(counts) - counts) // jnp.maximum(step, 1)
-        return jnp.where(step > 0, jnp.minimum(table, 255)[values], values) / 255
-
-    return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
-
-
-# What `trivial_augment` chooses from; None for those that move pixels, see `_affine`.
-OPERATIONS = {
-    'identity': _same,
-    'shear_x': None,
-    'shear_y': None,
-    'shift_x': None,
-    'shift_y': None,
-    'rotate': None,
-    'brightness': _brightness,
-    'contrast': _contrast,
-    'saturation': _saturation,
-    'sharpness': _sharpness,
-    'posterize': _posterize,
-    'solarize': _solarize,
-    'stretch': _stretch,
-    'equalize': _equalize,
-}
-
-
-def _beta(key: jax.Array, alpha: float, number: int) -> jax.Array:
-    """Draws from Beta(α, α), float32 [number], by a table of the inverse of its distribution.
+def _beta(chance: jax.Array, alpha: float) -> jax.Array:
+    """As from Beta(α, α), float32, by a table of the inverse of its distribution.
 
     `jax.random.beta` takes 2.5 s to compile.
     """
     places = np.linspace(0, 1, 4097)
     table = scipy.special.betaincinv(alpha, alpha, places)
-    drawn = jax.random.uniform(key, (number,))
-    return jnp.interp(drawn, jnp.asarray(places, jnp.float32), jnp.asarray(table, jnp.float32))
+    return jnp.interp(chance, jnp.asarray(places, jnp.float32), jnp.asarray(table, jnp.float32))
+
+
+def _whole(chance: jax.Array, stop: jax.Array | int) -> jax.Array:
+    """Whole numbers from 0 to stop - 1, int32."""
+    return jnp.minimum((chance * stop).astype(jnp.int32), stop - 1)
 
 
 def _rectangle(start: jax.Array, stop: jax.Array, images: jax.Array) -> jax.Array:
@@ -437,11 +304,3 @@ def _rectangle(start: jax.Array, stop: jax.Array, images: jax.Array) -> jax.Arra
     inside_rows = (rows >= start[0][:, None]) & (rows < stop[0][:, None])
     inside_columns = (columns >= start[1][:, None]) & (columns < stop[1][:, None])
     return (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
-
-
-def _as(images: jax.Array, values: jax.Array) -> jax.Array:
-    """`values` in the range and of the dtype of `images`."""
-    values = jnp.clip(values, 0, 255)
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        values = jnp.round(values)
-    return values.astype(images.dtype)

@@ -35,7 +35,7 @@ from typing import Any
 
 import machine
 
-from jaxkd import checkpoint, errors, watch
+from jaxkd import checkpoint, errors, metrics, watch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTING = [
@@ -324,8 +324,8 @@ def outcome(folder: pathlib.Path, log: bool = True) -> dict[str, Any]:
     found = {'report': report, 'compact': checkpoint.fingerprint(checkpoint.to_tree(tree))}
     if log:
         found['log'] = [
-            {key: value for key, value in row.items() if key != 'examples_per_second'}
-            for row in watch.read_metrics(folder)
+            {key: value for key, value in row.items() if key not in watch.PERFORMANCE}
+            for row in metrics.read_metrics(folder)
         ]
     return found
 

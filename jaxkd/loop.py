@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, data, device, errors, hosts, stopping, train, watch
+from jaxkd import checkpoint, data, device, errors, hosts, metrics, stopping, train, watch
 from jaxkd import mesh as meshes
 from jaxkd import progress as reaching
 from jaxkd.graph.trace import Keep
@@ -55,7 +55,7 @@ class Setup(NamedTuple):
     validation: train.Examples
     preprocessing: train.Preprocessing
     chance: float
-    log: watch.MetricsLog
+    log: metrics.MetricsLog
     display: watch.Display
     load: Callable[[str], data.Split]
     stops: stopping.Requests
@@ -290,12 +290,12 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
                 current = work.network(keep)
                 train_step, eval_step = _compiled(work, current, state, now.factor)
         with jax.profiler.StepTraceAnnotation(work.name, step_num=step):
-            state, metrics = train_step(state, batch, taught, extra)
+            state, measured = train_step(state, batch, taught, extra)
         if step == point.progress.step + 1:
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(measured)
             setup.display.first_step(work.name, device.compile_seconds() - compiled)
         setup.stops.hold()  # from here on there is something to save
-        pending.append(metrics)
+        pending.append(measured)
         now = now._replace(step=step)
         end_of_epoch = step % per_epoch == 0 or step == steps
         due = end_of_epoch or step % setup.config.log_every == 0
@@ -477,11 +477,11 @@ def _validated(
     found = train.evaluate(
         eval_step, evaluated, setup.validation, work.config.batch_size, setup.mesh
     )
-    metrics = {f'validation_{key}': value for key, value in found.items()}
+    told = {f'validation_{key}': value for key, value in found.items()}
     if not work.steer:
         whole = meshes.gathered(evaluated)
-        now = now._replace(best=reaching.improved(now.best, now.step, metrics, whole))
-    return metrics, now
+        now = now._replace(best=reaching.improved(now.best, now.step, told, whole))
+    return told, now
 
 
 def _optimizer(
@@ -520,9 +520,9 @@ def _origin(given: Any, teacher_variables: Any) -> str:
     return hashlib.sha256(json.dumps([given, taught]).encode()).hexdigest()
 
 
-def _trouble(metrics: Sequence[Mapping[str, Any]], step: int, chance: float) -> str | None:
+def _trouble(measured: Sequence[Mapping[str, Any]], step: int, chance: float) -> str | None:
     """What is wrong with the losses of the steps up to `step`, in words; None if nothing is."""
-    losses = [float(one['loss']) for one in metrics]
+    losses = [float(one['loss']) for one in measured]
     for at, loss in enumerate(losses, step - len(losses) + 1):
         if not np.isfinite(loss):
             return f'the loss was {loss} at step {at}'
@@ -535,5 +535,5 @@ def _trouble(metrics: Sequence[Mapping[str, Any]], step: int, chance: float) -> 
     return None
 
 
-def _means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {key: float(np.mean([one[key] for one in metrics])) for key in metrics[0]}
+def _means(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in measured])) for key in measured[0]}

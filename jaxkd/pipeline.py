@@ -34,6 +34,7 @@ from jaxkd import (
     errors,
     hosts,
     loop,
+    metrics,
     models,
     precision,
     saved,
@@ -198,14 +199,14 @@ def prepared(
     ]
     full = plan.graph.cost()
     display = watch.Display(lengths, full={'alive_flops': full.flops, 'alive_params': full.params})
-    boards = [watch.tensorboard]
+    boards = [metrics.tensorboard]
     if config.wandb:
         record = records.record(config)
-        boards.append(watch.wandb(config.wandb, record, tuple(weights), display.message))
+        boards.append(metrics.wandb(config.wandb, record, tuple(weights), display.message))
     with contextlib.ExitStack() as open_:
         hosts.first(lambda: open_.enter_context(records.claimed(workdir, config, display.message)))
         log = open_.enter_context(
-            hosts.at_first(lambda: watch.MetricsLog(workdir, boards, say=display.message))
+            hosts.at_first(lambda: metrics.MetricsLog(workdir, boards, say=display.message))
         )
         open_.enter_context(display)
         if hosts.is_first():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxkd import watch
+from jaxkd import metrics
 
 
 class Curve(NamedTuple):
@@ -36,7 +36,7 @@ def search_curves(workdir: str | os.PathLike, stage: str = 'search') -> dict[str
     Raises:
       CheckpointError: for a damaged file.
     """
-    rows = [row for row in watch.read_metrics(workdir) if row['stage'] == stage]
+    rows = [row for row in metrics.read_metrics(workdir) if row['stage'] == stage]
     prefix = 'scheduled_'
     names = [key.removeprefix(prefix) for key in (rows or [{}])[0] if key.startswith(prefix)]
 
@@ -85,16 +85,14 @@ def removals(workdir: str | os.PathLike) -> dict[str, Any]:
       'cuts': how often a search cut closed channels away. 'before' and 'after': the validation
       metrics of the network at the end of the search, and cut to its structure.
     """
-    rows = watch.read_metrics(workdir)
+    rows = metrics.read_metrics(workdir)
     searched = [row for row in rows if row['stage'].startswith('search')]
     sizes = {(row['stage'], row.get('physical_flops')) for row in searched}
     cuts = len(sizes) - len({row['stage'] for row in searched})
     ends = {'before': searched[-1]}
     ends['after'] = next(row for row in rows if row['stage'] == 'distil')
-    metrics = ('validation_accuracy', 'validation_loss')
-    return {'cuts': cuts} | {
-        end: {metric: row[metric] for metric in metrics} for end, row in ends.items()
-    }
+    told = ('validation_accuracy', 'validation_loss')
+    return {'cuts': cuts} | {end: {key: row[key] for key in told} for end, row in ends.items()}
 
 
 def plot_search(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from jaxkd import data, errors, train, watch
+from jaxkd import data, errors, metrics, train
 from jaxkd import mesh as meshes
 from jaxkd.data import decoding
 
@@ -350,5 +350,5 @@ def test_a_run_on_a_folder_killed_and_resumed(flowers, tmp_path):
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
     assert report['corrupt_images'] == {bad: 'no image that Pillow knows'}
     assert report['input_shape'] == [16, 16, 3] and 0.99 * 0.5 <= report['reached']['flops'] <= 0.5
-    rows = [row for row in watch.read_metrics(tmp_path / 'work') if row['stage'] == 'teacher']
+    rows = [row for row in metrics.read_metrics(tmp_path / 'work') if row['stage'] == 'teacher']
     assert [row['step'] for row in rows] == list(range(rows[-1]['step'] + 1))

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import checkpoint, data, errors, loop, stopping, train, watch
+from jaxkd import checkpoint, data, errors, loop, metrics, stopping, train, watch
 from jaxkd import mesh as meshes
 
 STAGE = {
@@ -90,7 +90,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
     display = watch.Display([('teacher', 15)])
     display.message = (said if said is not None else []).append
     variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    with watch.MetricsLog(workdir, say=display.message) as log:
+    with metrics.MetricsLog(workdir, say=display.message) as log:
         setup = loop.Setup(
             config=config,
             workdir=workdir,
@@ -120,7 +120,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
 def rows(workdir):
     return [
         {key: value for key, value in row.items() if key not in watch.PERFORMANCE}
-        for row in watch.read_metrics(workdir)
+        for row in metrics.read_metrics(workdir)
     ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import checkpoint, data, models, pipeline, watch
+from jaxkd import checkpoint, data, metrics, models, pipeline, watch
 from jaxkd.models import layers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def test_run_meets_the_budget_and_tells(finished):
     assert '[search' in done.stderr and 'eta' in done.stderr
     assert 'accuracy' in done.stdout and 'compact' in done.stdout
 
-    rows = watch.read_metrics(workdir)
+    rows = metrics.read_metrics(workdir)
     stages = [row['stage'] for row in rows]
     assert sorted(set(stages), key=stages.index) == ['teacher', 'search', 'distil']
     alive = [row['alive_flops'] for row in rows if row['stage'] == 'search']
@@ -110,7 +110,7 @@ def test_run_tells_what_takes_time(finished, environment):
     found = re.findall(r'(\w+): first step after (\S+) s, (\S+) s of it compiling', done.stderr)
     assert [stage for stage, *_ in found] == ['teacher', 'search', 'distil']
     assert all(0 < float(compiling) < float(seconds) for _, seconds, compiling in found)
-    for row in watch.read_metrics(workdir):
+    for row in metrics.read_metrics(workdir):
         if row['step'] == 0:
             continue
         assert {'step_seconds', 'data_seconds', 'compile_seconds'} <= row.keys()
@@ -187,7 +187,7 @@ def test_stopped_and_damaged_runs_end_in_the_same_report(finished, environment, 
     def rows(directory):
         return [
             {k: v for k, v in row.items() if k not in watch.PERFORMANCE}
-            for row in watch.read_metrics(directory)
+            for row in metrics.read_metrics(directory)
         ]
 
     assert rows(workdir) == rows(finished[0])
@@ -311,7 +311,7 @@ def test_a_criterion_in_rounds_and_new_weights_from_the_command_line(environment
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
     assert 0.99 * 0.5 <= report['reached']['flops'] <= 0.5
-    rows = [row for row in watch.read_metrics(tmp_path / 'work') if row['stage'] == 'search']
+    rows = [row for row in metrics.read_metrics(tmp_path / 'work') if row['stage'] == 'search']
     shares = [row['alive_flops'] / report['teacher']['flops'] for row in rows]
     assert shares[0] == 1 and 0.5**0.5 - 0.01 < shares[1] <= 0.5**0.5 and shares[-1] <= 0.5
     block = {row['group']: row['block'] for row in report['blocks']}

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxkd import report, watch
+from jaxkd import metrics, report
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def workdir(tmp_path):
     It is 0.2 above its schedule in the first tenth and 0.05 above it after that, the other 0.3
     below its own; at the end the first is 0.1 below.
     """
-    with watch.MetricsLog(tmp_path) as log:
+    with metrics.MetricsLog(tmp_path) as log:
         log.write({'stage': 'teacher', 'step': 1, 'loss': 2.0})
         for step in (5, 10, 50, 100):
             scheduled = 0.5 ** (step / 100)

@@ -40,7 +40,8 @@ from jaxkd import checkpoint, errors, metrics, watch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTING = [
     '--config=configs/mbv2.py',
-    '--config.model.arguments.width=0.35',
+    '--config.model.name=resnet20',
+    "--config.model.arguments={'depth': 14}",
     '--config.teacher.epochs=2',
     '--config.search.epochs=2',
     '--config.search.shrink=0.7',

@@ -25,6 +25,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.search.expand=True      search for less, then widen to the budget again; layers may
                                      become wider than they were
     --config.search.round_to=8       channels in multiples of 8, the budget still met
+    --config.data.name=folder:/data/flowers --config.data.image_size=64
+    --config.data.augment.trivial_augment=True --config.data.augment.mixup=0.2
     --config.seed=1
     --config.teacher.epochs=60.0
 """
@@ -53,7 +55,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'validation': 0.1,  # share of the training split
                 'dir': config_dict.placeholder(str),  # of tensorflow-datasets
                 'image_size': config_dict.placeholder(int),  # of a folder's images, in pixels
-                # Of images that are decoded when they are read, those of folders and ImageNet:
+                # Of images that are decoded when they are read, those of folders and of ImageNet:
                 'crop': 0.08,  # least share of the area that a random crop shows; 1.0: the centre
                 'workers': 0,  # processes that read ahead; 0 for threads of the main process
                 'corrupt_limit': 10,  # so many that cannot be read are replaced, no more

@@ -10,8 +10,8 @@ import optax
 from PIL import Image, ImageEnhance, ImageOps
 import pytest
 
-from jaxkd import data, errors, train
-from jaxkd import mesh as meshes
+from configs import mbv2
+from jaxkd import data, errors, pipeline, train
 from jaxkd.data import operations
 from jaxkd.data.split import in_memory
 
@@ -53,6 +53,10 @@ def test_settings_are_checked():
     ]:
         with pytest.raises(errors.ConfigError, match=words):
             data.make_augmentation(settings)
+    config = mbv2.get_config()
+    config.data.augment.cutmix = -1.0
+    with pytest.raises(errors.ConfigError, match='data.augment.cutmix is -1.0'):
+        pipeline.make_plan(config)
 
 
 # Mixtures

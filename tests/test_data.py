@@ -252,6 +252,7 @@ def test_prepare_makes_what_stock_tfds_reads(tmp_path, capsys):
     assert status == 0 and 'already prepared' in printed
     assert data.main(['list', f'--data_dir={there}']) == 0
     listed = capsys.readouterr().out
+    assert 'folder:PATH' in listed
     assert f'60,000 + 10,000  28x28x1         10  {there / "fashion_mnist" / "3.0.1"}' in listed
 
 
@@ -393,6 +394,14 @@ def test_large_data_are_decoded_when_fetched(tmp_path, monkeypatch):
         assert (images[wide][:, 112, 2, 0] < 200).all()  # 500x300: the band is cropped away
         assert split.fetch(np.array([], int)).shape == (0, 224, 224, 3)
         assert (split.fetch(np.array([4, 1])) == images[[4, 1]]).all()
+    steps = data.Steps(15, 5, 0, 1, 3)
+    for (_, indices), images in zip(
+        steps, data.read_ahead(parts['train'].files, steps, seed=0), strict=True
+    ):
+        assert images.shape == (5, 224, 224, 3)
+        key = np.rint(np.median(images[..., 0], (1, 2)) / 8).astype(int)
+        assert (key % 3 == parts['train'].labels[indices]).all()
+        assert (images != parts['train'].fetch(indices)).any()  # other crops
     # What fits is the same pixels, held in memory.
     monkeypatch.undo()
     held = data.load('imagenet2012', 'validation', validation=0.25, data_dir=tmp_path)

@@ -312,6 +312,7 @@ def get_config():
     config.model = {'name': 'resnet20', 'arguments': {'depth': 8}}
     for stage in ('teacher', 'search', 'distil'):
         config[stage].update(batch_size=16, epochs=2.0)
+    config.teacher.epochs = 5.0
     config.update(log_every=1, checkpoint_seconds=0.0)
     return config
 """

@@ -129,17 +129,19 @@ class _AtFirst:
     def __init__(self, make: Callable[[], Any]):
         self._made: Any = None
 
-        def keep() -> None:
+        def made() -> None:
             self._made = make()
 
-        first(keep)
+        first(made)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: first(lambda: getattr(self._made, name)(*args, **kwargs))
 
     def __enter__(self) -> Any:
-        if self._made is not None:
+        def enter() -> None:
             self._made.__enter__()
+
+        first(enter)
         return self
 
     def __exit__(self, *exception: Any) -> None:

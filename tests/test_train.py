@@ -1,9 +1,5 @@
 """Real steps on a tiny network."""
 
-import os
-import subprocess
-import sys
-
 import chex
 from flax import linen as nn
 import jax
@@ -121,26 +117,57 @@ def test_batch_larger_than_the_data():
         train.steps_per_epoch(10, 64)
 
 
-def test_number_of_devices_does_not_change_the_result():
-    program = 'from tests.test_train import _learn; import jax; print(jax.device_count()); ' + (
-        'print(*_learn(6)[0])'
+class Plain(nn.Module):
+    """Without BatchNorm, so that the parts of a batch do not see one another."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(16)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
+class Noted(nn.Module):
+    """Remembers in training how often it was called, with what mean, and a random number."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        calls = self.variable('batch_stats', 'calls', jnp.zeros, ())
+        means = self.variable('batch_stats', 'means', jnp.zeros, 4)
+        draws = self.variable('batch_stats', 'draws', jnp.zeros, 4)
+        if train:
+            place = calls.value.astype(int)
+            means.value = means.value.at[place].set(x.mean())
+            draws.value = draws.value.at[place].set(jax.random.uniform(self.make_rng('dropout')))
+            calls.value += 1
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def _one_step(model, accumulate):
+    """The state after one step with augmentation, the batch's metrics, and the batch itself."""
+    mesh = meshes.make_mesh()
+    examples = train.put(data.load('digits', 'train'), mesh)
+    tx = train.optimizer(CONFIG, lambda step: 0.1)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    state = meshes.replicate(train.create_state(variables, tx), mesh)
+    loss, views = train.hard_loss(0.0), PREPROCESSING._replace(padding=0)
+    views = PREPROCESSING if isinstance(model, Plain) else views
+    step = train.make_train_step(
+        model, tx, loss, views, mesh, seed=0, ema_decay=0.9, accumulate=accumulate
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    runs = []
-    for devices in (1, 8):
-        environment = os.environ | {
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-            'JAX_PLATFORMS': 'cpu',
-            'PYTHONPATH': root,
-        }
-        output = subprocess.run(
-            [sys.executable, '-c', program],
-            env=environment,
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        assert output[0] == str(devices)
-        runs.append([float(loss) for loss in output[1:]])
-    np.testing.assert_allclose(runs[0], runs[1], rtol=2e-4)
+    (batch,) = train.batches(examples, 64, mesh, seed=0, start=0, stop=1)
+    return *step(state, batch, {}, {}), examples.split.images[np.asarray(batch['indices'])]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    whole, metrics, _ = _one_step(Plain(), 1)
+    parts, same, _ = _one_step(Plain(), 4)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(same, metrics, rtol=1e-6)
+
+
+def test_parts_of_a_batch_come_in_turn_with_keys_of_their_own():
+    state, _, images = _one_step(Noted(), 4)
+    inputs = (images / 255 - PREPROCESSING.mean) / PREPROCESSING.std
+    seen = state.batch_stats
+    assert seen['calls'] == 4 and len(set(seen['draws'].tolist())) == 4
+    np.testing.assert_allclose(seen['means'], [inputs[i::4].mean() for i in range(4)], rtol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 
 from configs import mbv2
 from jaxkd import data, errors, pipeline, train
+from jaxkd import mesh as meshes
 from jaxkd.data import operations
 from jaxkd.data.split import in_memory
 

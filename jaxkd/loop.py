@@ -200,7 +200,7 @@ def fit(
             if setup.log.rows(name) != list(end.progress.rows):
                 _put_rows(work, end.progress)
             setup.display.finish(name)
-            return end
+            return end._replace(state=meshes.gathered(end.state))
 
         found = stage.restore()
         if found:
@@ -218,7 +218,7 @@ def fit(
         stage.finish(*_packed(work, done))
         setup.display.finish(name)
         setup.stops.release(hosts.any_of)
-        return point
+        return point._replace(state=meshes.gathered(point.state))
 
 
 def chosen(setup: Setup, name: str, end: Point) -> Any:
@@ -227,7 +227,7 @@ def chosen(setup: Setup, name: str, end: Point) -> Any:
     best = end.progress.best
     if settings(setup.config, name).choose == 'best' and best:
         found = checkpoint.from_tree(found, best.variables, setup.workdir / name)
-    return meshes.gathered(found)
+    return found
 
 
 def outcomes(setup: Setup) -> dict[str, dict[str, Any]]:

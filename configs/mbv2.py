@@ -25,6 +25,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.search.expand=True      search for less, then widen to the budget again; layers may
                                      become wider than they were
     --config.search.round_to=8       channels in multiples of 8, the budget still met
+    --config.on_nan=rollback         where the loss explodes, go back an epoch and learn more slowly
+    --config.distil.choose=best      the variables with the best validation accuracy, not the last
     --config.seed=1
     --config.teacher.epochs=60.0
 """

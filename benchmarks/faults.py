@@ -172,7 +172,7 @@ def trial(
         event: dict[str, Any] = {}
         # Of a run that has ended, the log is not looked at any more.
         log = not (folder / 'report.json').exists()
-        if hurt:
+        if hurt and (folder / 'config.json').exists():  # not before anything is there
             event['damage'] = damage(folder, draw, undo)
         plan = draw_kill(draw, length) if kill else None
         process = start(base, folder, limit)

@@ -27,6 +27,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.search.round_to=8       channels in multiples of 8, the budget still met
     --config.data.name=folder:/data/flowers --config.data.image_size=64
     --config.data.augment.trivial_augment=True --config.data.augment.mixup=0.2
+    --config.on_nan=rollback         where the loss explodes, go back an epoch and learn more slowly
+    --config.distil.choose=best      the variables with the best validation accuracy, not the last
     --config.seed=1
     --config.teacher.epochs=60.0
 """

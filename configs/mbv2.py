@@ -25,6 +25,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.search.expand=True      search for less, then widen to the budget again; layers may
                                      become wider than they were
     --config.search.round_to=8       channels in multiples of 8, the budget still met
+    --config.compute_dtype=bfloat16  trains in it; parameters and what is reported stay float32
+    --config.teacher.accumulate=4    each batch in so many parts, where memory is short
     --config.seed=1
     --config.teacher.epochs=60.0
 """

@@ -29,6 +29,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.data.augment.trivial_augment=True --config.data.augment.mixup=0.2
     --config.on_nan=rollback         where the loss explodes, go back an epoch and learn more slowly
     --config.distil.choose=best      the variables with the best validation accuracy, not the last
+    --config.compute_dtype=bfloat16  trains in it; parameters and what is reported stay float32
+    --config.teacher.accumulate=4    each batch in so many parts, where memory is short
     --config.seed=1
     --config.teacher.epochs=60.0
 """

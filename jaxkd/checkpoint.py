@@ -12,7 +12,8 @@ checked before anything is handed out.
 
 In a job of several processes, process 0 writes (what it writes must be whole there: replicated, or
 on its own devices) and the others return at once; all of them may read. Whoever reads what another
-process writes has to wait for it by other means.
+process writes has to wait for it by other means; `jaxkd.hosts.at_first` reads and writes in process
+0 and tells the others.
 """
 
 from __future__ import annotations

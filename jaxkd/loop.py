@@ -418,11 +418,13 @@ def _gone_back(work: Work, stage: checkpoint.Stage, failed: reaching.Progress, w
     times = len(failed.rollbacks)
     if failed.anchor is None or times >= setup.config.nan_times:
         newest = stage.newest()
-        kept = 'none was saved yet' if newest is None else f'is {work.folder / str(newest)}'
+        kept = 'no state was saved yet'
+        if newest is not None:
+            kept = f'the last good state is {work.folder / str(newest)}'
         tried = f', after going back {times} times' if times else ''
         also = '' if failed.anchor else ", or set config.on_nan='rollback'"
         raise errors.TrainingError(
-            f'{work.name}: {why}{tried}; the last good state {kept}. Lower {field}, now {rate:g}'
+            f'{work.name}: {why}{tried}; {kept}. Lower {field}, now {rate:g}'
             f'{also}, and start again in another workdir'
         )
     anchor = failed.anchor

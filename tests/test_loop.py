@@ -207,7 +207,9 @@ def test_nan_stops_and_names_the_last_good_state(tmp_path):
 
 def test_an_absurd_loss_stops_although_it_is_finite(tmp_path):
     wild = spoil(1, lambda u: 1e5 * u)
-    with pytest.raises(errors.TrainingError, match='mean loss up to step 4 .* none was saved yet'):
+    with pytest.raises(
+        errors.TrainingError, match='mean loss up to step 4 .* no state was saved yet'
+    ):
         fit(tmp_path, wild)
 
 

@@ -22,6 +22,9 @@ from jaxkd.models import layers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT = [
     '--config=configs/mbv2.py',
+    # Compiled in a fraction of the time.
+    '--config.model.name=resnet20',
+    "--config.model.arguments={'depth': 14}",
     '--config.teacher.epochs=2',
     '--config.search.epochs=2',
     '--config.search.shrink=0.7',
@@ -29,9 +32,6 @@ SHORT = [
     '--config.log_every=4',
     '--config.checkpoint_seconds=0.0',
 ]
-MOBILENET = ['--config.model.arguments.width=0.35']
-# Compiled in a fraction of the time.
-RESNET = ['--config.model.name=resnet20', "--config.model.arguments={'depth': 14}"]
 
 
 @pytest.fixture(scope='session')
@@ -40,13 +40,14 @@ def environment(tmp_path_factory):
     return os.environ | {'PYTHONPATH': str(ROOT), 'JAXKD_CACHE': str(tmp_path_factory.mktemp('c'))}
 
 
-def _command(workdir, *flags, network=MOBILENET):
-    return [sys.executable, '-m', 'jaxkd.main', *SHORT, *network, f'--workdir={workdir}', *flags]
+def _command(workdir, *flags):
+    return [sys.executable, '-m', 'jaxkd.main', *SHORT, f'--workdir={workdir}', *flags]
 
 
-def _run(environment, workdir, *flags, network=MOBILENET):
-    command = _command(workdir, *flags, network=network)
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+def _run(environment, workdir, *flags):
+    return subprocess.run(
+        _command(workdir, *flags), env=environment, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope='session')
@@ -132,7 +133,8 @@ def test_compact_model_is_what_was_reported(finished):
     assert count == report['compact']['params']
     test = data.load('digits', 'test')
     mean, std = data.statistics(data.load('digits', 'train', seed=0))
-    logits = small.apply(small.variables, data.normalize(test.images, mean, std))
+    apply = jax.jit(lambda images: small.apply(small.variables, images))
+    logits = apply(data.normalize(test.images, mean, std))
     accuracy = np.mean(np.argmax(logits, -1) == test.labels)
     np.testing.assert_allclose(accuracy, report['compact']['accuracy'], atol=1 / test.size)
     graph = jaxkd.trace(small.module, small.variables, np.zeros((1, 8, 8, 1), np.float32))
@@ -223,7 +225,7 @@ def _refused(environment, workdir, *flags, status=2):
         (['--config.budget.flops=-1.0'], ['budget.flops', '-1.0']),
         (['--config.data.name=mnist'], ['data.name', 'mnist', 'fashion_mnist']),
         (['--config.model.name=mobilenet_v9'], ['model.name', 'mobilenet_v2']),
-        (["--config.blocks=(('nothing', {'strength': 2.0}),)"], ['nothing', 'block0/project']),
+        (["--config.blocks=(('nothing', {'strength': 2.0}),)"], ['nothing', 'stage1_block0/conv1']),
         (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
         (['--config.blocks=automatic'], ["'auto'", 'tuple of pairs']),
         (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
@@ -235,7 +237,7 @@ def _refused(environment, workdir, *flags, status=2):
             [
                 '--config.search.expand=True',
                 '--config.search.alternations=2',
-                "--config.blocks=(('head', {'min_keep': 0.5}),)",
+                "--config.blocks=(('stage3_', {'min_keep': 0.5}),)",
             ],
             ['min_keep', 'alternation', 'int'],
         ),
@@ -265,7 +267,7 @@ def test_workdir_that_cannot_be_written(environment, tmp_path):
 
 def test_nan_loss_stops_with_the_step(environment, tmp_path):
     flags = '--config.teacher.learning_rate=1e30'
-    done = _run(environment, tmp_path / 'work', flags, network=RESNET)
+    done = _run(environment, tmp_path / 'work', flags)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     sentence = done.stderr.splitlines()[-1]
     assert 'teacher' in sentence and 'step' in sentence and 'learning_rate' in sentence
@@ -282,7 +284,6 @@ def test_blocks_and_several_budgets_from_the_command_line(environment, tmp_path)
         "--config.blocks=(('stage1_block1', {'freeze': True}), "
         "('stage2_block1', {'min_keep': 0.5}), ('stage3_', {'start': 0.2, 'end': 0.9, "
         "'resource': 'params', 'budget': {'flops': 0.5}}))",
-        network=RESNET,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
@@ -307,7 +308,6 @@ def test_a_criterion_in_rounds_and_new_weights_from_the_command_line(environment
         '--config.distil.init=scratch',
         '--config.distil.recalibrate=3',
         '--config.blocks=auto',
-        network=RESNET,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'work' / 'report.json').read_text())
@@ -332,7 +332,7 @@ def test_searches_alternate_with_expansions(environment, tmp_path):
     )
     workdir = tmp_path / 'work'
     process = subprocess.Popen(
-        _command(workdir, *flags, network=RESNET),
+        _command(workdir, *flags),
         env=environment,
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
@@ -345,7 +345,7 @@ def test_searches_alternate_with_expansions(environment, tmp_path):
     assert process.poll() is None, 'the run ended before search2 saved a state'
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = _run(environment, workdir, *flags, network=RESNET)
+    done = _run(environment, workdir, *flags)
     assert done.returncode == 0, done.stderr
     assert 'search2: going on at step' in done.stderr and 'search2: widened by' in done.stderr
 
@@ -364,7 +364,7 @@ def test_searches_alternate_with_expansions(environment, tmp_path):
 
 
 def test_saved_models_are_checked(tmp_path):
-    model = models.create('mobilenet_v2', num_classes=3, width=0.35)
+    model = models.create('resnet20', num_classes=3, depth=8)
     image = np.ones((1, 32, 32, 3), np.float32)
     variables = model.init(jax.random.key(0), image)
     small = jaxkd.prune(model, variables, image, params=0.5)

@@ -185,7 +185,7 @@ def _fashion_mnist(config: ml_collections.ConfigDict) -> None:
     _lengths(
         config,
         (16.0, 4.0, 12.0),
-        # A distillation that begins faster undoes what the search has left (benchmarks/ablation.py).
+        # A faster distillation undoes what the search has left (benchmarks/ablation.py).
         (0.05, 0.02, 0.02),
         batch_size=128,
         warmup_epochs=0.5,

@@ -104,6 +104,30 @@ def convolutions(draw):
     )
 
 
+@pytest.mark.parametrize(
+    ('shape', 'kernel', 'strides', 'padding', 'dilation'),
+    [
+        ((3, 2, 2, 5), (3, 3), (1, 1), 'SAME', (1, 1)),
+        ((2, 4, 3, 4), (3, 2), (2, 2), [(1, 0), (-1, 2)], (1, 1)),
+        ((2, 5, 1, 3), (2, 1), (1, 3), 'VALID', (3, 1)),
+        ((2, 7, 3), (5,), (2,), 'SAME_LOWER', (1,)),
+    ],
+)
+def test_few_outputs_equal_lax(shape, kernel, strides, padding, dilation):
+    x, kernel = normal(*shape), normal(*kernel, shape[-1], 6, seed=1)
+    options = {'rhs_dilation': dilation, 'dimension_numbers': LAYOUTS[len(strides)]}
+    assert_same_as_lax(x, kernel, strides, padding, **options)
+    program = jax.make_jaxpr(
+        lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
+    )(x, kernel)
+    assert 'conv_general_dilated' not in str(program) and 'dot_general' in str(program)
+    larger = jnp.tile(x, (1, *[5] * len(strides), 1))
+    program = jax.make_jaxpr(
+        lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
+    )(larger, kernel)
+    assert 'conv_general_dilated' in str(program)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(convolutions())
 def test_depthwise_and_pointwise_equal_lax(convolution):

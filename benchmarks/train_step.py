@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -171,6 +172,7 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
     import jaxkd
     from jaxkd import cpu, distill, models, train
     from jaxkd import mesh as meshes
+    from jaxkd.search import gates as gating
     from jaxkd.search import learn, penalty
 
     cpu.hold_memory()
@@ -201,6 +203,7 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
         'distil': ((), soft, model),
         'search': ((penalty.proximal(body.gates, LEARNING_RATE),), soft, model),
     }
+    gated = {**variables, 'params': gating.gated(course.gates, variables['params'])}
     measures: dict[str, Measure] = {}
     facts: dict[str, Any] = {
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
@@ -210,16 +213,25 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
 
     def measured(kind: str, after: tuple[Any, ...], loss: train.Loss, teacher: Any) -> Measure:
         tx = train.optimizer(config, LEARNING_RATE, *after)
+        searches = kind == 'search'
         step = train.make_train_step(
-            model, tx, loss, views, mesh, seed=0, ema_decay=0.99, teacher=teacher
+            body.module if searches else model,
+            tx,
+            loss,
+            views,
+            mesh,
+            seed=0,
+            ema_decay=0.99,
+            teacher=teacher,
+            fold=functools.partial(gating.fold, body.gates) if searches else None,
         )
-        state = meshes.replicate(train.create_state(variables, tx), mesh)
-        memory, number = learn.first(body, variables['params']), 0
+        state = meshes.replicate(train.create_state(gated if searches else variables, tx), mesh)
+        memory, number = learn.first(body, gated['params']), 0
 
         def call() -> None:
             nonlocal state, memory, number
             extra = {}
-            if kind == 'search':
+            if searches:
                 memory = learn.press(body, number, state.params, memory)
                 extra = {'strength': learn.strength(body, memory)}
             state, metrics = step(state, fed, variables if teacher else {}, extra)

@@ -405,7 +405,7 @@ def _anchored(work: Work, point: Point) -> Point:
     """The point, as one to go back to where the config says so."""
     if work.setup.config.on_nan != 'rollback':
         return point
-    leaves = reaching.copied({'state': meshes.gathered(point.state), 'memory': point.memory})
+    leaves = reaching.copied(_leaves(point.state, point.memory))
     anchor = reaching.Anchor(point.progress.step, leaves)
     return point._replace(progress=point.progress._replace(anchor=anchor))
 

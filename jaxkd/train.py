@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxkd import cpu, data, precision
+from jaxkd import cpu, data, features, precision
 from jaxkd import mesh as meshes
 
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
 # Batches on their way to the device while one is computed with.
 AHEAD = 1
+# The teacher of a network that is taught by its own moving average (Tarvainen, Valpola 2017, Mean
+# teachers are better role models, https://arxiv.org/abs/1703.01780).
+AVERAGE = 'average'
 # (trained parameters, key in training or None) → the parameters that the model is applied to.
 Fold = Callable[[Any, jax.Array | None], Any]
 
@@ -41,6 +44,19 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     ema: Any
+
+
+class Objective(NamedTuple):
+    """A loss that reads more than logits, or changes from step to step.
+
+    Attributes:
+      loss: (student's outputs, teacher's outputs or None, labels, adapters, steps done) → float
+        [batch]. The adapters are an entry of the trained parameters; see `jaxkd.features`.
+      wanted: which features it reads, by the paths of their modules; None for none.
+    """
+
+    loss: Callable[..., jax.Array]
+    wanted: features.Wanted | None = None
 
 
 class Examples(NamedTuple):
@@ -154,13 +170,13 @@ def hard_loss(label_smoothing: float) -> Loss:
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformationExtraArgs,
-    loss: Loss,
+    loss: Loss | Objective,
     preprocessing: Preprocessing,
     mesh: sharding.Mesh,
     *,
     seed: int,
     ema_decay: float,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | str | None = None,
     fold: Fold | None = None,
     accumulate: int = 1,
     compute_dtype: str = 'float32',
@@ -168,11 +184,14 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A step `(state, batch, teacher_variables, extra) -> state, metrics`.
 
-    `batch` is what `batches` yields. `teacher_variables` are {} without a teacher; the teacher
-    runs in eval mode and sees the student's view. `extra` are further arguments of `tx.update`.
+    `batch` is what `batches` yields. `teacher_variables` are {} without a teacher, and a tuple for
+    several, whose mean logits count; the teacher runs in eval mode and sees the student's view.
+    With `AVERAGE` for the teacher it is the model with the averages of its own variables.
+    `extra` are further arguments of `tx.update`.
     `fold` makes the parameters that the model sees of those that are trained.
     Metrics are float32 []: the batch's mean loss and accuracy, where an answer to a mixed image is
-    right by the share of the image that it names. The state is donated.
+    right by the share of the image that it names; of an `Objective` also the cross-entropy with the
+    labels. The state is donated.
 
     The batch is sharded over the mesh, so that BatchNorm statistics and gradients are those of the
     whole batch, however many devices there are. `layout` is where the state lies (see
@@ -186,6 +205,8 @@ def make_train_step(
     statistics and the optimizer's state are float32.
     """
     everywhere, split = meshes.everywhere(mesh), meshes.along_batch(mesh)
+    plain = not isinstance(loss, Objective)
+    objective = _of_logits(loss) if plain else loss
 
     def step(state, batch, teacher_variables, extra):
         images, labels = _gather(batch, split)
@@ -205,29 +226,40 @@ def make_train_step(
             inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
             inputs = inputs.astype(compute_dtype)
             with cpu.fast_convolutions(), precision.computing(compute_dtype):
-                teacher_logits = None
-                if teacher:
-                    teacher_logits = teacher.apply(teacher_variables, inputs, train=False)
-                    teacher_logits = teacher_logits.astype(jnp.float32)
+                taught = None
+                if teacher == AVERAGE:
+                    own = fold(state.ema['params'], None) if fold else state.ema['params']
+                    own = _variables(own, state.ema['batch_stats'])
+                    taught = features.taught(model, own, inputs, objective.wanted)
+                elif teacher:
+                    taught = features.taught(teacher, teacher_variables, inputs, objective.wanted)
 
-                def objective(params):
+                def mean(params):
+                    adapters = params.get(features.ADAPTERS, {})
                     if fold:
                         params = fold(params, jax.random.fold_in(key, 0))
-                    logits, new = model.apply(
+                    said, new = features.outputs(
+                        model,
                         _variables(params, batch_stats),
                         inputs,
+                        objective.wanted,
                         train=True,
                         mutable=['batch_stats'],
                         rngs={'dropout': key},
                     )
-                    logits = logits.astype(jnp.float32)
-                    value = _shared(lambda labels: loss(logits, teacher_logits, labels), *shown)
-                    return jnp.mean(value), (logits, new)
+                    value = _shared(
+                        lambda labels: objective.loss(said, taught, labels, adapters, state.step),
+                        *shown,
+                    )
+                    return jnp.mean(value), (said.logits, new)
 
-                grad = jax.value_and_grad(objective, has_aux=True)
+                grad = jax.value_and_grad(mean, has_aux=True)
                 (value, (logits, new)), gradients = grad(state.params)
             right = _shared(lambda labels: jnp.argmax(logits, -1) == labels, *shown)
             metrics = {'loss': value, 'accuracy': jnp.mean(right, dtype=jnp.float32)}
+            if not plain:
+                hard = functools.partial(optax.softmax_cross_entropy_with_integer_labels, logits)
+                metrics['cross_entropy'] = jnp.mean(_shared(hard, *shown))
             return gradients, new.get('batch_stats', {}), metrics
 
         if accumulate == 1:
@@ -249,6 +281,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(layout or everywhere, everywhere))
+
+
+def _of_logits(loss: Loss) -> Objective:
+    def of(student, teacher, labels, adapters, step):
+        del adapters, step
+        return loss(student.logits, teacher and teacher.logits, labels)
+
+    return Objective(of)
 
 
 def _parts(array: jax.Array, number: int, mesh: sharding.Mesh) -> jax.Array:
@@ -299,7 +339,8 @@ def make_eval_step(
 ) -> Callable[..., jax.Array]:
     """A step `(variables, batch, valid) -> float32 [2]`: right answers and summed cross-entropy.
 
-    `valid` is bool [batch]: which examples count.
+    `valid` is bool [batch]: which examples count. With a tuple of the variables of several networks
+    it is their mean logits that answer.
     """
 
     def step(variables, batch, valid):
@@ -334,7 +375,7 @@ def _logits(
     images, labels = _gather(batch, meshes.along_batch(mesh))
     inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
     with cpu.fast_convolutions():
-        return model.apply(variables, inputs, train=False).astype(jnp.float32), labels
+        return features.taught(model, variables, inputs).logits, labels
 
 
 def recalibrate(

@@ -30,6 +30,9 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.on_nan=rollback         where the loss explodes, go back an epoch and learn more slowly
     --config.distil.choose=best      the variables with the best validation accuracy, not the last
     --config.compute_dtype=bfloat16  trains in it; parameters and what is reported stay float32
+    --config.distil.losses="(('dkd', {'beta': 2.0, 'warmup': 0.2}),)"   beside the labels
+    --config.distil.losses="(('fitnet', {'weight': 10.0, 'features': 'block1[0-6]$'}),)"
+    --config.teacher.number=3        the mean of three teachers' logits teaches
     --config.teacher.accumulate=4    each batch in so many parts, where memory is short
     --config.seed=1
     --config.teacher.epochs=60.0
@@ -110,11 +113,23 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         'weight_decay': 5e-4,
         'ema_decay': 0.95,
     }
-    soft = {'alpha': 0.5, 'temperature': 2.0}
+    # (1 - alpha) · cross-entropy + alpha · Hinton's loss; or, in place of that, pairs of a loss and
+    # its settings, such as (('labels', {'weight': 0.1}), ('dkd', {'beta': 2.0, 'warmup': 0.2})): a
+    # weighted sum, in which 'labels' counts 1 unless told otherwise (see jaxkd/objective.py).
+    soft = {'alpha': 0.5, 'temperature': 2.0, 'losses': ()}
     # What a stage hands on: the variables after its 'last' step, or the 'best' by validation.
     choose = {'choose': 'last'}
     config.teacher = (
-        stage | choose | {'epochs': 30.0, 'learning_rate': 0.05, 'label_smoothing': 0.0}
+        stage
+        | choose
+        | {
+            'epochs': 30.0,
+            'learning_rate': 0.05,
+            'label_smoothing': 0.0,
+            # So many, with seeds of their own; the mean of their logits teaches. The first is the
+            # one that is made smaller.
+            'number': 1,
+        }
     )
     config.search = (
         stage
@@ -155,6 +170,8 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         | {
             'epochs': 35.0,
             'learning_rate': 0.03,
+            # Who teaches: the 'teacher', or the 'average' of the network's own variables.
+            'teacher': 'teacher',
             'init': 'search',  # or 'scratch': new weights for the structure found
             'recalibrate': 0,  # batches that correct the running statistics first
         }

@@ -15,7 +15,18 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxkd import checkpoint, data, device, errors, hosts, metrics, stopping, train, watch
+from jaxkd import (
+    checkpoint,
+    data,
+    device,
+    errors,
+    features,
+    hosts,
+    metrics,
+    stopping,
+    train,
+    watch,
+)
 from jaxkd import mesh as meshes
 from jaxkd import progress as reaching
 from jaxkd.graph.trace import Keep
@@ -97,9 +108,9 @@ class Work(NamedTuple):
     name: str
     network: Callable[[Keep | None], Network]
     variables: Any
-    loss: train.Loss
+    loss: train.Loss | train.Objective
     facts: Callable[[Any], Mapping[str, float]]
-    teacher: tuple[nn.Module | None, Any]
+    teacher: tuple[nn.Module | str | None, Any]
     memory: Any
     steer: Steer | None
     kept: Callable[[Any], Keep | None]
@@ -143,11 +154,11 @@ def fit(
     name: str,
     network: Callable[[Keep | None], Network],
     variables: Any,
-    loss: train.Loss,
+    loss: train.Loss | train.Objective,
     *,
     facts: Callable[[Any], Mapping[str, float]],
     given: Any,
-    teacher: tuple[nn.Module, Any] | None = None,
+    teacher: tuple[nn.Module | str, Any] | None = None,
     memory: Any = None,
     steer: Steer | None = None,
     kept: Callable[[Any], Keep | None] = lambda memory: None,
@@ -165,11 +176,12 @@ def fit(
       name: of the stage.
       network: what to train, with the units given; None for all.
       variables: what it starts from.
-      loss: see `train.Loss`.
+      loss: see `train.Loss` and `train.Objective`.
       facts: what the log says besides, from the memory.
       given: what the stage depends on beside its teacher, as JSON: a checkpoint that was made with
         something else is refused.
-      teacher: module and variables of the teacher.
+      teacher: module and variables of the teacher; see `train.make_train_step`. With
+        `train.AVERAGE` for the module the stage depends on the variables all the same.
       memory: what `steer` remembers, a pytree that checkpoints hold.
       steer: called before each step as `(steps done, state, memory)`; returns the next memory and
         further arguments of the optimizer's update.
@@ -222,8 +234,12 @@ def fit(
 
 
 def chosen(setup: Setup, name: str, end: Point) -> Any:
-    """The averaged variables that a stage hands on: the last, or the best by validation."""
+    """The averaged variables that a stage hands on: the last, or the best by validation.
+
+    Adapters, which are trained with a network, are no part of it.
+    """
     found = train.averaged(end.state)
+    found |= {'params': features.without_adapters(found['params'])}
     best = end.progress.best
     if settings(setup.config, name).choose == 'best' and best:
         found = checkpoint.from_tree(found, best.variables, setup.workdir / name)
@@ -253,7 +269,7 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
     keep = work.kept(memory)
     current = work.network(keep)
     train_step, eval_step = _compiled(work, current, state, now.factor)
-    taught = _placed(work, work.teacher[1], work.teacher[1].get('params', {}))
+    taught = _teacher(work)
     compiled = device.compile_seconds()
     began = saved = time.monotonic()
     if not now.rows:  # what it begins with, which tells what the stage before has left
@@ -382,6 +398,15 @@ def _unpacked(work: Work, leaves: reaching.Leaves) -> tuple[train.TrainState, An
 
 def _placed(work: Work, tree: Any, params: Any) -> Any:
     return meshes.place(tree, params, work.setup.mesh, work.setup.config.sharding)
+
+
+def _teacher(work: Work) -> Any:
+    """The variables of the teacher, or a tuple of those of several, on the devices."""
+    module, variables = work.teacher
+    if module is None or module == train.AVERAGE:
+        return {}
+    first = variables[0] if isinstance(variables, tuple) else variables
+    return _placed(work, variables, first['params'])
 
 
 def _packed(work: Work, point: Point) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -528,7 +553,8 @@ def _trouble(measured: Sequence[Mapping[str, Any]], step: int, chance: float) ->
     for at, loss in enumerate(losses, step - len(losses) + 1):
         if not np.isfinite(loss):
             return f'the loss was {loss} at step {at}'
-    mean = float(np.mean(losses))
+    # A sum of weighted losses is of no size that guessing could be compared with.
+    mean = float(np.mean([one.get('cross_entropy', one['loss']) for one in measured]))
     if mean > ABSURD * chance:
         return (
             f'the mean loss up to step {step} was {mean:.4g}, more than {ABSURD:g} times that of '

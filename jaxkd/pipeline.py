@@ -32,10 +32,12 @@ from jaxkd import (
     data,
     distill,
     errors,
+    features,
     hosts,
     loop,
     metrics,
     models,
+    objective,
     precision,
     saved,
     stopping,
@@ -67,7 +69,11 @@ CHOICES = {
         'gates': gating.KINDS,
         'coupling': gating.COUPLINGS,
     },
-    'distil': {'init': ('search', 'scratch'), 'choose': loop.CHOICES},
+    'distil': {
+        'init': ('search', 'scratch'),
+        'choose': loop.CHOICES,
+        'teacher': ('teacher', train.AVERAGE),
+    },
     'teacher': {'choose': loop.CHOICES},
 }
 # The parts of a config that a teacher does not depend on.
@@ -87,6 +93,7 @@ class Plan(NamedTuple):
       graph: of the model, on one image; with latency where there is a budget in it.
       limits: what the blocks mean for each channel group.
       budgets: that set a limit.
+      losses: of search and distillation where the config lists them; else empty.
     """
 
     model: nn.Module
@@ -94,6 +101,7 @@ class Plan(NamedTuple):
     graph: tracing.Graph
     limits: Mapping[str, blocking.Limits]
     budgets: Sequence[blocking.Budget]
+    losses: Mapping[str, Sequence[objective.Term]]
 
 
 class Aim(NamedTuple):
@@ -159,7 +167,7 @@ def run(
     plan = make_plan(config)
     folder = pathlib.Path(workdir)
     with prepared(config, folder, plan, stops=stops, profile=profile) as setup:
-        teacher = learn_teacher(setup, plan)
+        teacher = learn_teachers(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)
         small = distil(setup, plan, teacher, found)
         hosts.first(lambda: saved.save(setup.workdir / 'compact', small))
@@ -252,11 +260,16 @@ def stages(config: ml_collections.ConfigDict) -> dict[str, float]:
     number = config.search.alternations if config.search.expand else 1
     later = {f'search{i}': LATER for i in range(2, number + 1)}
     return {
-        'teacher': WEIGHTS['teacher'],
+        **dict.fromkeys(teachers(config), WEIGHTS['teacher']),
         'search': WEIGHTS['search'],
         **later,
         'distil': WEIGHTS['distil'],
     }
+
+
+def teachers(config: ml_collections.ConfigDict) -> list[str]:
+    """The stages that make a teacher each: 'teacher', 'teacher2', …"""
+    return ['teacher', *(f'teacher{i}' for i in range(2, config.teacher.number + 1))]
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -271,6 +284,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     data.make_augmentation(config.data.augment)
     _check_batches(config)
     _check_safety(config)
+    if config.teacher.number < 1:
+        raise errors.ConfigError('teacher.number', config.teacher.number, why='it must be ≥ 1')
     _check_expansion(config)
     if config.model.name not in models.REGISTRY:
         raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
@@ -288,12 +303,13 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
             'model.arguments', arguments, why=' '.join(str(error).split())
         ) from error
     meshes.check(config.sharding, variables['params'], meshes.make_mesh())
+    losses = _losses(config, functools.cache(lambda: features.shapes(model, variables, image)))
     graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
     limits = blocking.resolve(graph, config.blocks)
     learn.rehearse(graph, limits)
     graph = measured(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
-    plan = Plan(model, info, graph, limits, budgets)
+    plan = Plan(model, info, graph, limits, budgets, losses)
     # A budget that no choice can meet is refused now.
     aim = make_aim(config, plan, 'search', graph)
     selecting.floor(
@@ -304,6 +320,22 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         **aim.budget,
     )
     return plan
+
+
+def _losses(
+    config: ml_collections.ConfigDict, shapes: Callable[[], Mapping[str, objective.Shape]]
+) -> dict[str, Sequence[objective.Term]]:
+    """The losses of search and distillation, checked."""
+    losses = {
+        stage: objective.terms(
+            f'{stage}.losses', config[stage].losses, shapes, adapters=stage == 'distil'
+        )
+        for stage in ('search', 'distil')
+    }
+    if losses['search'] and config.search.method == 'morphnet':
+        why = "a search with the method 'morphnet' is without a teacher"
+        raise errors.ConfigError('search.losses', config.search.losses, why=why)
+    return losses
 
 
 def _check_batches(config: ml_collections.ConfigDict) -> None:
@@ -381,7 +413,21 @@ def limiting(plan: Plan) -> list[blocking.Budget]:
     return [*plan.budgets, *([] if whole else blocking.every_budget(plan.graph, flops=1.0))]
 
 
-def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
+def learn_teachers(setup: loop.Setup, plan: Plan) -> Any:
+    """The variables of the teacher, or a tuple with those of several.
+
+    All are the full network, trained with seeds of their own. The first is the one that is searched
+    and that the compact network is compared with; what is taught is the mean of their logits.
+    """
+    found = []
+    for index, stage in enumerate(teachers(setup.config)):
+        config = setup.config.copy_and_resolve_references()
+        config.seed += index
+        found.append(learn_teacher(setup._replace(config=config), plan, stage))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
     """The full network, trained on the labels: its variables.
 
     Without label smoothing, which makes for better networks and worse teachers (Müller et al.
@@ -389,20 +435,28 @@ def learn_teacher(setup: loop.Setup, plan: Plan) -> Any:
     """
     image = jnp.zeros(plan.graph.inputs[0].shape)
     init = jax.jit(lambda key: plan.model.init(key, image, train=False))
+    # Runs that differ in what comes later may share a teacher, and in how many more there are.
     config = records.record(setup.config)
+    given = {part: value for part, value in config.items() if part not in AFTER_TEACHER}
+    del given['teacher']['number']
     start = init(jax.random.key(setup.config.seed))
-    _tell_parameters(setup, 'teacher', start)
+    if stage == 'teacher':
+        _tell_parameters(setup, 'teacher', start)
     end = loop.fit(
         setup,
-        'teacher',
+        stage,
         lambda _: loop.Network(plan.model),
         start,
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
-        # Runs that differ in what comes later may share a teacher.
-        given={part: value for part, value in config.items() if part not in AFTER_TEACHER},
+        given=given,
     )
-    return loop.chosen(setup, 'teacher', end)
+    return loop.chosen(setup, stage, end)
+
+
+def first(teacher: Any) -> Any:
+    """The variables of the teacher, or of the first of several."""
+    return teacher[0] if isinstance(teacher, tuple) else teacher
 
 
 def _tell_parameters(setup: loop.Setup, network: str, variables: Any) -> None:
@@ -416,7 +470,7 @@ def find_structure(
     """The compact network; and of each expansion, what the report says."""
     config = setup.config
     search = search_structure if config.search.method in LEARNED else prune_in_rounds
-    graph, start, found = plan.graph, teacher, None
+    graph, start, found = plan.graph, first(teacher), None
     expansions: list[dict[str, Any]] = []
     for stage in [name for name in setup.stages if loop.part(name) == 'search']:
         if found:  # search on, from the network that was widened
@@ -494,7 +548,8 @@ def search_structure(
 
     Loss: (1-α) CE + α T² KL + Σ_blocks λ · strength · Σ price · |gate| / F(all), the last as a
     proximal step and over the gates that are to close next alone. λ is steered so that the cost
-    that is alive follows a schedule to the budget.
+    that is alive follows a schedule to the budget. `config.search.losses` may say otherwise what
+    comes before the penalty.
     Which are next is a matter of what they were worth at the start, in proportion to what is left
     of their gates, and of their price. Channels that have closed are cut away when they are many
     enough. With the method 'morphnet' the loss is without a teacher, α = 0, and worth is the size
@@ -504,9 +559,9 @@ def search_structure(
       The student's variables, at the widths of its graph, and what to keep of them.
     """
     config, graph = setup.config.search, aim.graph
-    alpha, worth = config.alpha, config.worth
+    loss, worth = _taught_loss(setup, plan, aim.stage), config.worth
     if config.method == 'morphnet':
-        alpha, worth = 0.0, 'gates'
+        loss, worth = _soft_loss(0.0, config.temperature), 'gates'
     steps, schedule = loop.schedule(setup, aim.stage)
     course = learn.course(
         graph,
@@ -558,7 +613,7 @@ def search_structure(
         aim.stage,
         network,
         student,
-        _soft_loss(alpha, config.temperature),
+        loss,
         facts=facts,
         given=_given(setup, graph.sizes),
         teacher=(plan.model, teacher),
@@ -622,7 +677,7 @@ def prune_in_rounds(
         aim.stage,
         network,
         start,
-        _soft_loss(config.alpha, config.temperature),
+        _taught_loss(setup, plan, aim.stage),
         facts=lambda keep: _alive(graph.cost(keep)._asdict()),
         given=_given(setup, graph.sizes),
         teacher=(plan.model, teacher),
@@ -653,7 +708,11 @@ def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Ev
 
 
 def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> CompactModel:
-    """Trains the compact network on, or from scratch, under the same teacher."""
+    """Trains the compact network on, or from scratch, under the same teacher.
+
+    Or taught by its own moving average. What adapts its features to the teacher's is trained with
+    it and left behind.
+    """
     config = setup.config.distil
     _tell_parameters(setup, 'student', small.variables)
     start = small.variables
@@ -672,17 +731,37 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
             steps=config.recalibrate,
             compute_dtype=setup.config.compute_dtype,
         )
+    own = config.teacher == train.AVERAGE
+    adapters = {} if own else make_adapters(setup, plan, small)
+    network = loop.Network(small.module)
+    if adapters:
+        start = {**start, 'params': {**start['params'], features.ADAPTERS: adapters}}
+        network = loop.Network(small.module, fold=features.without_adapters)
     end = loop.fit(
         setup,
         'distil',
-        lambda _: loop.Network(small.module),
+        lambda _: network,
         start,
-        _soft_loss(config.alpha, config.temperature),
+        _taught_loss(setup, plan, 'distil'),
         facts=lambda _: _alive(small.structure.compact),
         given=_given(setup, small.structure.to_json()),
-        teacher=(plan.model, teacher),
+        teacher=(train.AVERAGE if own else plan.model, teacher),
     )
     return CompactModel(small.module, loop.chosen(setup, 'distil', end), small.structure)
+
+
+def make_adapters(setup: loop.Setup, plan: Plan, small: CompactModel) -> dict[str, Any]:
+    """New adapters of the features of the compact network that have lost or won channels."""
+    names = objective.adapted(plan.losses['distil'])
+    if not names:
+        return {}
+    image = plan.graph.inputs[0]
+    student = features.shapes(small.module, small.variables, image)
+    teacher = features.shapes(plan.model, plan.graph.variables, image)
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), 2)
+    return features.adapters(
+        {name: student[name] for name in student if name in names}, teacher, key
+    )
 
 
 def report(
@@ -701,7 +780,7 @@ def report(
     batch_size = config.distil.batch_size
     batch = train.make_batch(test, np.arange(batch_size) % test.split.size, setup.mesh)
     networks = {
-        'teacher': (plan.model, teacher, plan.graph.cost()._asdict()),
+        'teacher': (plan.model, first(teacher), plan.graph.cost()._asdict()),
         'compact': (small.module, small.variables, small.structure.compact),
     }
     rows: dict[str, dict[str, Any]] = {}
@@ -722,6 +801,11 @@ def report(
         }
     for name, milliseconds in _time(inference).items():
         rows[name]['milliseconds'] = milliseconds
+    if isinstance(teacher, tuple):
+        step = train.make_eval_step(plan.model, setup.preprocessing, setup.mesh)
+        several = meshes.place(teacher, first(teacher)['params'], setup.mesh)
+        found = train.evaluate(step, several, test, batch_size, setup.mesh)
+        rows['ensemble'] = {'accuracy': found['accuracy']}
 
     return hosts.first(lambda: write_down(setup, plan, networks, rows, small.structure, expansions))
 
@@ -802,6 +886,14 @@ def _latency(
 def _given(setup: loop.Setup, structure: Any) -> list[Any]:
     """What a stage after the teacher's depends on beside the teacher: all of the config."""
     return [records.record(setup.config), structure]
+
+
+def _taught_loss(setup: loop.Setup, plan: Plan, stage: str) -> train.Loss | train.Objective:
+    """What a stage with a teacher minimizes."""
+    config, terms = loop.settings(setup.config, stage), plan.losses[loop.part(stage)]
+    if terms:
+        return objective.objective(terms, loop.schedule(setup, stage)[0])
+    return _soft_loss(config.alpha, config.temperature)
 
 
 def _soft_loss(alpha: float, temperature: float) -> train.Loss:

@@ -276,8 +276,7 @@ def attention_transfer(student: jax.Array, teacher: jax.Array, *, power: float =
     chex.assert_equal_shape_prefix([student, teacher], student.ndim - 1)
 
     def attention(features: jax.Array) -> jax.Array:
-        # The mean over the channels has the direction of the sum, and no size of its own.
-        return _unit(_flat(jnp.mean(jnp.abs(features) ** power, axis=-1)))
+        return _unit(_flat(jnp.sum(jnp.abs(features) ** power, axis=-1)))
 
     difference = attention(student) - attention(jax.lax.stop_gradient(teacher))
     return jnp.mean(difference**2, axis=-1)

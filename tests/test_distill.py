@@ -269,3 +269,16 @@ def test_wrong_types_and_shapes_are_refused(name):
         loss(student.astype(int), teacher)
     with pytest.raises(AssertionError):
         loss(student, teacher[:3])
+
+
+@pytest.mark.parametrize('name', ['fitnet', 'attention_transfer', 'similarity_preserving'])
+def test_features_of_a_layer_that_has_gone(name):
+    """Without channels they are those of zeros."""
+    teacher = jnp.float32(FEATURES[1])
+    adapter = {'kernel': jnp.ones((0, 7)), 'bias': jnp.ones(7)}
+    arguments = (adapter,) if name == 'fitnet' else ()
+    loss = getattr(distill, name)(teacher[..., :0], teacher, *arguments)
+    arguments = ({'kernel': jnp.ones((1, 7)), 'bias': jnp.ones(7)},) if arguments else ()
+    zeros = getattr(distill, name)(jnp.zeros((6, 2, 3, 1)), teacher, *arguments)
+    np.testing.assert_allclose(loss, zeros, rtol=1e-6)
+    assert np.all(loss > 0)

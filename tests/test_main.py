@@ -231,6 +231,8 @@ def _refused(environment, workdir, *flags, status=2):
         (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
         (['--config.on_nan=retry'], ['on_nan', 'rollback']),
         (['--config.distil.choose=first'], ['distil.choose', 'best']),
+        (["--config.distil.losses=(('dkt', {'beta': 2.0}),)"], ['distil.losses', 'mean dkd']),
+        (['--config.distil.losses=dkd'], ['distil.losses', 'tuple of pairs']),
         (['--config.search.alternations=2'], ['search.alternations', 'search.expand=True']),
         (['--config.search.expand_from=1.5'], ['search.expand_from', '(0, 1)']),
         (

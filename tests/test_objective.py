@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import checkpoint, distill, errors, features, metrics, objective, pipeline, stopping
+from jaxkd import (
+    checkpoint,
+    distill,
+    errors,
+    features,
+    loop,
+    metrics,
+    objective,
+    pipeline,
+    stopping,
+)
 from tests import tiny
 
 SHAPES = {
@@ -120,6 +130,14 @@ def test_what_cannot_be_is_refused(losses, words):
     assert all(word in str(refused.value) for word in words), str(refused.value)
 
 
+def test_a_large_weight_is_no_absurd_loss():
+    """It is the cross-entropy that is compared with that of guessing."""
+    measured = [{'loss': 1e6, 'cross_entropy': 1.0}] * 3
+    assert loop._trouble(measured, 3, np.log(10)) is None
+    assert '2.3e+04' in loop._trouble([{'loss': 1.0, 'cross_entropy': 2.3e4}], 3, np.log(10))
+    assert 'nan at step 3' in loop._trouble([{'loss': np.nan, 'cross_entropy': 1.0}], 3, 1.0)
+
+
 def test_a_search_has_no_adapters():
     with pytest.raises(errors.ConfigError, match='use it in distil.losses'):
         _terms((('fitnet', {'features': 'stem'}),), adapters=False)
@@ -209,6 +227,8 @@ def test_features_teach_from_stage_to_stage(tmp_path):
     assert sorted(kernels.values()) == sorted(zip(widths, (16, 32)))
     rows = [row for row in metrics.read_metrics(tmp_path / 'whole') if row['stage'] != 'teacher']
     assert all(0 < row['cross_entropy'] < 10 for row in rows if row['step'])
+    physical = [row['physical_flops'] for row in rows if row['stage'] == 'search']
+    assert physical[-1] < physical[0]
 
 
 def test_several_teachers_and_a_network_that_teaches_itself(tmp_path):

@@ -5,19 +5,25 @@ import json
 import os
 import pathlib
 import platform
+import shutil
+import subprocess
 import sys
 import time
 
 
 def describe_device() -> str:
-    """The processor's name and the number of cores this process may use."""
+    """The processor's name and the number of cores this process may use; before it the GPUs'."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
                 name = line.split(':', 1)[1].strip()
                 break
-    return f'{name}, {len(os.sched_getaffinity(0))} cores'
+    gpus = []
+    if shutil.which('nvidia-smi'):
+        ask = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
+        gpus = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+    return ', '.join([*gpus, name, f'{len(os.sched_getaffinity(0))} cores'])
 
 
 def about() -> dict[str, str]:

@@ -8,14 +8,22 @@ rest is printed.
 Three kinds of steps, as jaxkd's stages make them (`jaxkd.train.make_train_step`, with the moving
 average of the variables, without augmentation): of the teacher's training, of distillation with the
 network itself as the teacher, and of the search, with penalty and control, at full width. PyTorch
-trains and distils; a search is held against its distillation. Inference runs on running statistics.
-SGD with Nesterov momentum and weight decay, float32. PyTorch runs in channels_last, as it is and by
-`torch.compile`.
+trains and distils; a search is held against its distillation. Inference runs on running statistics,
+in float32. SGD with Nesterov momentum and weight decay. PyTorch runs in channels_last, as it is and
+by `torch.compile`; in bfloat16 by autocast. Where there is a GPU, both run on it, for example
 
-One call of each at a time, in turns, so that whatever else the machine does falls on all of them;
-medians. Both processes keep the memory that they have freed, as jaxkd.main does
-(`jaxkd.cpu.hold_memory`), and may use all cores. PyTorch's process is idle (waiting for a line)
-while JAX is measured.
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 python benchmarks/train_step.py --dtype bfloat16 \
+        --batch 256 --steps 20 --cases 'MobileNetV2 224×224×3' 'ResNet-50 224×224×3'
+
+One call of each at a time (of --steps steps, waited for at the end), in turns, so that whatever
+else the machine does falls on all of them; medians. Both processes keep the memory that they have
+freed, as jaxkd.main does (`jaxkd.cpu.hold_memory`), and may use all cores. PyTorch's process is
+idle (waiting for a line) while JAX is measured.
+
+What bounds a step: `of_peak` is the share of the device's matrix products, `of_bandwidth` of its
+copies (both measured before), that the step reaches. Its operations are those of the convolutions
+and products (forward; twice as many backward); its bytes are those that the compiled program reads
+and writes, by XLA's own count.
 
 Wall-clock times want an idle machine: PyTorch's OpenMP threads wait for each other, and suffer far
 more than XLA's from a third process.
@@ -57,7 +65,9 @@ class Case(NamedTuple):
     here: dict[str, Any]
 
 
-CASES = {
+# PyTorch's has no dropout.
+CERTAIN = {'dropout_rate': 0.0, 'drop_path_rate': 0.0}
+ON_CPU = {
     'MobileNetV2 32×32×3': Case(
         'mobilenet_v2', (32, 32, 3), {'stem_stride': 1, 'strides': (1, 1, 2, 2, 1, 2, 1)}, {}
     ),
@@ -67,42 +77,54 @@ CASES = {
     'ResNet-18 64×64×3': Case('resnet18', (64, 64, 3), {}, {}),
     'ResNet-50 64×64×3': Case('resnet50', (64, 64, 3), {}, {}),
     'VGG-16-BN 32×32×3': Case('vgg16_bn', (32, 32, 3), {}, {'small_images': True}),
-    'EfficientNet-B0 64×64×3': Case(
-        'efficientnet_b0', (64, 64, 3), {}, {'dropout_rate': 0.0, 'drop_path_rate': 0.0}
-    ),
+    'EfficientNet-B0 64×64×3': Case('efficientnet_b0', (64, 64, 3), {}, CERTAIN),
 }
+ON_GPU = {
+    'MobileNetV2 224×224×3': Case('mobilenet_v2', (224, 224, 3), {}, {}),
+    'ResNet-18 224×224×3': Case('resnet18', (224, 224, 3), {}, {}),
+    'ResNet-50 224×224×3': Case('resnet50', (224, 224, 3), {}, {}),
+    'VGG-16-BN 224×224×3': Case('vgg16_bn', (224, 224, 3), {}, {'small_images': True}),
+    'EfficientNet-B0 224×224×3': Case('efficientnet_b0', (224, 224, 3), {}, CERTAIN),
+}
+CASES = ON_CPU | ON_GPU
 NUM_CLASSES = 10
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 ALPHA, TEMPERATURE = 0.5, 2.0
 # Which of PyTorch's steps each of jaxkd's is held against.
 AGAINST = {'train': 'train', 'distil': 'distil', 'search': 'distil', 'inference': 'inference'}
+# Passes through the network, a backward one counting twice.
+PASSES = {'train': 3, 'distil': 4, 'search': 4, 'inference': 1}
 # What `jaxkd.cpu.hold_memory` does, for a process without jaxkd.
 HELD = {
     'MALLOC_ARENA_MAX': '1',
     'MALLOC_MMAP_MAX_': '0',
     'MALLOC_TRIM_THRESHOLD_': str(2**31 - 1),
 }
-Measure = Callable[[], float]  # one call's milliseconds
+Measure = Callable[[], float]  # milliseconds a step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--torch-python', default=sys.executable, help='a python that has torch')
-    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(ON_CPU))
     parser.add_argument('--batch', type=int, default=32)
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--repeats', type=int, default=11)
+    parser.add_argument('--steps', type=int, default=1, help='in a measurement')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True)
     default = pathlib.Path(__file__).parent / 'results' / 'train_step.json'
     parser.add_argument('--out', type=pathlib.Path, default=default)
     parser.add_argument('--torch-worker', choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.torch_worker:
-        serve_torch(CASES[arguments.torch_worker], arguments.batch, arguments.compile)
+        serve_torch(CASES[arguments.torch_worker], arguments)
         return
     report: dict[str, Any] = {
         **machine.about(),
         'batch': arguments.batch,
+        'dtype': arguments.dtype,
         'repeats': arguments.repeats,
+        'steps': arguments.steps,
         'versions': {'python': platform.python_version()},
         'load_average_before': os.getloadavg()[0],
         'cases': {},
@@ -123,7 +145,7 @@ def measure_case(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """Milliseconds of all contenders, measured in turns, and their ratios."""
-    measures, facts = prepare_jax(case, arguments.batch)
+    measures, facts = prepare_jax(case, arguments)
     versions.update(facts.pop('versions'))
     entry: dict[str, Any] = {'jaxkd': facts}
     contenders = {('jaxkd', kind): measure for kind, measure in measures.items()}
@@ -137,10 +159,17 @@ def measure_case(
         entry['PyTorch'] = told
         contenders |= {('PyTorch', kind): measure for kind, measure in asked.items()}
     taken: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
+    work = facts.pop('work')
+    peak, bandwidth = ceilings(arguments.dtype)
+    facts['peak_flop_per_s'], facts['bandwidth_bytes_per_s'] = peak, bandwidth
     for _ in range(arguments.repeats):
         for contender, measure in contenders.items():
             taken[contender].append(measure())
     medians = {contender: statistics.median(times) for contender, times in taken.items()}
+    for kind, (operations, moved) in work.items():
+        seconds = medians['jaxkd', kind] / 1e3
+        facts.setdefault('of_peak', {})[kind] = round(operations / seconds / peak, 3)
+        facts.setdefault('of_bandwidth', {})[kind] = round(moved / seconds / bandwidth, 3)
     for (side, kind), median in medians.items():
         entry[side].setdefault('median_ms', {})[kind] = round(median, 2)
         entry[side].setdefault('min_ms', {})[kind] = round(min(taken[side, kind]), 2)
@@ -160,9 +189,31 @@ def print_table(name: str, entry: dict[str, Any]) -> None:
             cells = ', '.join(f'{kind} {ms:.1f}' for kind, ms in entry[side]['median_ms'].items())
             print(f'  {side}: {cells}')
     print('  jaxkd / PyTorch: ' + ', '.join(f'{k} {v:.2f}' for k, v in entry['ratios'].items()))
+    for share in ('of_peak', 'of_bandwidth'):
+        cells = ', '.join(f'{kind} {value:.2f}' for kind, value in entry['jaxkd'][share].items())
+        print(f'  jaxkd {share}: {cells}')
 
 
-def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, Any]]:
+def ceilings(dtype: str) -> tuple[float, float]:
+    """Floating-point operations a second of a matrix product, and bytes a second of a copy."""
+    import jax
+    import jax.numpy as jnp
+
+    big = jax.default_backend() != 'cpu'
+    side, size = (8192, 2**30) if big else (2048, 2**26)
+    left, right = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
+    numbers = jnp.arange(size, dtype=jnp.float32)
+    product, copied = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    seconds = []
+    for call in (lambda: product(left, right), lambda: copied(numbers)):
+        once = timed(call, jax.block_until_ready, 5)
+        seconds.append(statistics.median(once() for _ in range(6)) / 1e3)
+    return 2 * side**3 / seconds[0], 2 * numbers.nbytes / seconds[1]
+
+
+def prepare_jax(
+    case: Case, arguments: argparse.Namespace
+) -> tuple[dict[str, Measure], dict[str, Any]]:
     """A call of each kind of step, and of inference, that returns its milliseconds."""
     import flax
     import jax
@@ -176,6 +227,7 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
     from jaxkd.search import learn, penalty
 
     cpu.hold_memory()
+    batch = arguments.batch
     mesh = meshes.make_mesh()
     model = models.create(case.name, num_classes=NUM_CLASSES, **case.arguments, **case.here)
     rng = np.random.default_rng(0)
@@ -207,7 +259,8 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
     measures: dict[str, Measure] = {}
     facts: dict[str, Any] = {
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
-        'first_call_seconds': {},
+        'compile_seconds': {},
+        'work': {},
         'versions': {'jax': jax.__version__, 'flax': flax.__version__, 'optax': optax.__version__},
     }
 
@@ -224,38 +277,54 @@ def prepare_jax(case: Case, batch: int) -> tuple[dict[str, Measure], dict[str, A
             ema_decay=0.99,
             teacher=teacher,
             fold=functools.partial(gating.fold, body.gates) if searches else None,
+            compute_dtype=arguments.dtype,
         )
         state = meshes.replicate(train.create_state(gated if searches else variables, tx), mesh)
         memory, number = learn.first(body, gated['params']), 0
+        taught = variables if teacher else {}
 
-        def call() -> None:
+        def call() -> Any:
             nonlocal state, memory, number
             extra = {}
             if searches:
                 memory = learn.press(body, number, state.params, memory)
                 extra = {'strength': learn.strength(body, memory)}
-            state, metrics = step(state, fed, variables if teacher else {}, extra)
+            state, metrics = step(state, fed, taught, extra)
             number += 1
-            jax.block_until_ready((state, metrics))
+            return state, metrics
 
-        return timed(call)
+        extra = {'strength': learn.strength(body, memory)} if searches else {}
+        step = compiled(kind, step, state, fed, taught, extra)
+        return timed(call, jax.block_until_ready, arguments.steps)
 
-    for kind, arguments in kinds.items():
-        measures[kind] = measured(kind, *arguments)
+    def compiled(kind: str, step: Any, *inputs: Any) -> Callable[..., Any]:
+        start = time.perf_counter()
+        program = step.lower(*inputs).compile()
+        facts['compile_seconds'][kind] = round(time.perf_counter() - start, 1)
+        operations = 2 * PASSES[kind] * batch * graph.cost().flops
+        facts['work'][kind] = operations, program.cost_analysis()['bytes accessed']
+        return program
+
+    for kind, details in kinds.items():
+        measures[kind] = measured(kind, *details)
+    valid = meshes.replicate(np.ones(batch, bool), mesh)
     forward = train.make_eval_step(model, views, mesh)
-    valid = np.ones(batch, bool)
-    measures['inference'] = timed(lambda: jax.block_until_ready(forward(variables, fed, valid)))
-    for kind, measure in measures.items():  # the first call compiles, the second pays for memory
-        facts['first_call_seconds'][kind] = round(measure() / 1e3, 1)
+    forward = compiled('inference', forward, variables, fed, valid)
+    measures['inference'] = timed(
+        lambda: forward(variables, fed, valid), jax.block_until_ready, arguments.steps
+    )
+    for measure in measures.values():  # the first call pays for memory
         measure()
     return measures, facts
 
 
-def timed(call: Callable[[], object]) -> Measure:
+def timed(call: Callable[[], Any], finish: Callable[[Any], object], steps: int) -> Measure:
     def measure() -> float:
         start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        for _ in range(steps):
+            result = call()
+        finish(result)
+        return (time.perf_counter() - start) * 1e3 / steps
 
     return measure
 
@@ -270,7 +339,7 @@ def torch_process(
         yield None
         return
     command = [python, os.path.abspath(__file__), '--torch-worker', name]
-    command += ['--batch', str(arguments.batch)]
+    command += [f'--{name}={getattr(arguments, name)}' for name in ('batch', 'dtype', 'steps')]
     command += [] if arguments.compile else ['--no-compile']
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | HELD
@@ -287,7 +356,7 @@ def torch_process(
         process.stdin.close()
 
 
-def serve_torch(case: Case, batch: int, compiling: bool) -> None:
+def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
     """Facts on the first line; then, for each line read, the milliseconds of one such call."""
     import torch
     from torch import nn
@@ -296,15 +365,26 @@ def serve_torch(case: Case, batch: int, compiling: bool) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    # As XLA does by default on such a device.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    batch = arguments.batch
+    reduced = torch.autocast(device, torch.bfloat16, enabled=arguments.dtype == 'bfloat16')
 
     def build() -> nn.Module:
         network = torch_networks.build(case.name, case.image[-1], NUM_CLASSES, **case.arguments)
-        return network.to(memory_format=torch.channels_last)
+        return network.to(device, memory_format=torch.channels_last)
 
     teacher = build().eval()
     height, width, channels = case.image
-    images = torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
-    labels = torch.arange(batch) % NUM_CLASSES
+    images = torch.randn(batch, channels, height, width, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=device) % NUM_CLASSES
+
+    def finish(_: None) -> None:
+        if device == 'cuda':
+            torch.cuda.synchronize()
 
     def hard(logits: Any) -> Any:
         return functional.cross_entropy(logits, labels)
@@ -312,7 +392,7 @@ def serve_torch(case: Case, batch: int, compiling: bool) -> None:
     def soft(teacher: nn.Module) -> Callable[[Any], Any]:
         def loss(logits: Any) -> Any:
             with torch.no_grad():
-                taught = functional.log_softmax(teacher(images) / TEMPERATURE, 1)
+                taught = functional.log_softmax(teacher(images).float() / TEMPERATURE, 1)
             student = functional.log_softmax(logits / TEMPERATURE, 1)
             divergence = functional.kl_div(student, taught, reduction='batchmean', log_target=True)
             return (1 - ALPHA) * hard(logits) + ALPHA * TEMPERATURE**2 * divergence
@@ -327,10 +407,12 @@ def serve_torch(case: Case, batch: int, compiling: bool) -> None:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            loss(network(images)).backward()
+            with reduced:
+                value = loss(network(images).float())
+            value.backward()
             optimizer.step()
 
-        return timed(step)
+        return timed(step, finish, arguments.steps)
 
     def inference(network: nn.Module) -> Measure:
         network.eval()
@@ -339,10 +421,10 @@ def serve_torch(case: Case, batch: int, compiling: bool) -> None:
             with torch.inference_mode():
                 network(images)
 
-        return timed(forward)
+        return timed(forward, finish, arguments.steps)
 
     measures: dict[str, Measure] = {}
-    for suffix, form in (('', lambda n: n), (', compiled', torch.compile))[: 1 + compiling]:
+    for suffix, form in (('', lambda n: n), (', compiled', torch.compile))[: 1 + arguments.compile]:
         measures[f'train{suffix}'] = training(form(build()), hard)
         measures[f'distil{suffix}'] = training(form(build()), soft(form(teacher)))
         measures[f'inference{suffix}'] = inference(form(build()))

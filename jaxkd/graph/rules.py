@@ -6,7 +6,7 @@ one tuple of axes per result. A primitive that is not in the table freezes whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import os
 from typing import Any, NamedTuple
@@ -786,13 +786,13 @@ def _loop(
 
 def _scan(context: Context, eqn: Any, *operands: Array) -> list[Array]:
     params = eqn.params
-    count, body = params['num_consts'], params['jaxpr']
-    consts, carry = operands[:count], list(operands[count : count + params['num_carry']])
-    stacked = operands[count + len(carry) :]
+    first, second = _scan_parts(params, len(operands))
+    stacked = operands[second:]
     for x in stacked:
         context.ties.freeze(x[0], context.why(eqn, 'a loop runs over it'))
     inputs = [x[1:] for x in stacked]
-    carry, outputs, mark = _loop(context, eqn, body, consts, carry, inputs)
+    consts, carry = operands[:first], list(operands[first:second])
+    carry, outputs, mark = _loop(context, eqn, params['jaxpr'], consts, carry, inputs)
     rounds = names.bound(params['length'])
     context.layers[mark:] = [
         layer._replace(
@@ -803,6 +803,16 @@ def _scan(context: Context, eqn: Any, *operands: Array) -> list[Array]:
         for layer in context.layers[mark:]
     ]
     return [*carry, *((rounds, *x) for x in outputs[len(carry) :])]
+
+
+def _scan_parts(params: Mapping[str, Any], number: int) -> tuple[int, int]:
+    """Where, among so many operands of a scan, its carry begins and what it runs over does."""
+    if 'ft_in' in params:  # from JAX 0.11 on
+        consts, carry, _ = params['ft_in'].update(range(number)).unpack()
+        consts, carry = len(list(consts)), len(list(carry))
+    else:
+        consts, carry = params['num_consts'], params['num_carry']
+    return consts, consts + carry
 
 
 def _while(context: Context, eqn: Any, *operands: Array) -> list[Array]:

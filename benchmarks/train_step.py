@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(ON_CPU))
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    parser.add_argument('--kinds', nargs='+', choices=PASSES, default=list(PASSES))
     parser.add_argument('--repeats', type=int, default=11)
     parser.add_argument('--steps', type=int, default=1, help='in a measurement')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True)
@@ -132,15 +133,15 @@ def main() -> None:
     # The interpreter's path says nothing to anybody else.
     report['command'] = report['command'].replace(arguments.torch_python, 'PYTHON')
     for name in arguments.cases:
-        with torch_process(name, arguments) as torch:
-            report['cases'][name] = measure_case(CASES[name], torch, arguments, report['versions'])
+        with torch_process(name, arguments) as ready:
+            report['cases'][name] = measure_case(CASES[name], ready, arguments, report['versions'])
         machine.write_report(arguments.out, report)
         print_table(name, report['cases'][name])
 
 
 def measure_case(
     case: Case,
-    torch: tuple[dict[str, Measure], dict[str, Any]] | None,
+    ready: Callable[[], tuple[dict[str, Measure], dict[str, Any]]] | None,
     arguments: argparse.Namespace,
     versions: dict[str, str],
 ) -> dict[str, Any]:
@@ -149,10 +150,10 @@ def measure_case(
     versions.update(facts.pop('versions'))
     entry: dict[str, Any] = {'jaxkd': facts}
     contenders = {('jaxkd', kind): measure for kind, measure in measures.items()}
-    if torch is None:
+    if ready is None:
         print('PyTorch is not importable there (--torch-python): left out.')
     else:
-        asked, told = torch
+        asked, told = ready()
         versions.update(told.pop('versions'))
         if told['parameters'] != facts['parameters']:
             raise SystemExit(f'not the same network: {facts} and {told} parameters')
@@ -177,7 +178,7 @@ def measure_case(
         f'{kind} / {other}': round(medians['jaxkd', kind] / medians['PyTorch', other], 3)
         for kind, counterpart in AGAINST.items()
         for other in (counterpart, f'{counterpart}, compiled')
-        if ('PyTorch', other) in medians
+        if {('jaxkd', kind), ('PyTorch', other)} <= medians.keys()
     }
     return entry
 
@@ -239,8 +240,11 @@ def prepare_jax(
         mesh,
     )
     image = np.zeros((1, *case.image), np.float32)
-    init = jax.jit(model.init, static_argnames='train')
-    variables = meshes.replicate(init(jax.random.key(0), image, train=False), mesh)
+    # An accelerator would take longer to compile this than to train with it.
+    with jax.default_device(jax.devices('cpu')[0]):
+        init = jax.jit(model.init, static_argnames='train')
+        variables = jax.device_get(init(jax.random.key(0), image, train=False))
+    variables = meshes.replicate(variables, mesh)
     views = train.Preprocessing(np.float32(0.5), np.float32(0.25), 0, False)
     graph = jaxkd.trace(model, variables, image, train=False)
     course = learn.course(graph, steps=1000, learning_rate=LEARNING_RATE, flops=0.5)
@@ -301,18 +305,21 @@ def prepare_jax(
         start = time.perf_counter()
         program = step.lower(*inputs).compile()
         facts['compile_seconds'][kind] = round(time.perf_counter() - start, 1)
+        print(f'{kind}: compiled in {facts["compile_seconds"][kind]} s', flush=True)
         operations = 2 * PASSES[kind] * batch * graph.cost().flops
         facts['work'][kind] = operations, program.cost_analysis()['bytes accessed']
         return program
 
-    for kind, details in kinds.items():
-        measures[kind] = measured(kind, *details)
+    for kind in arguments.kinds:
+        if kind in kinds:
+            measures[kind] = measured(kind, *kinds[kind])
     valid = meshes.replicate(np.ones(batch, bool), mesh)
     forward = train.make_eval_step(model, views, mesh)
-    forward = compiled('inference', forward, variables, fed, valid)
-    measures['inference'] = timed(
-        lambda: forward(variables, fed, valid), jax.block_until_ready, arguments.steps
-    )
+    if 'inference' in arguments.kinds:
+        forward = compiled('inference', forward, variables, fed, valid)
+        measures['inference'] = timed(
+            lambda: forward(variables, fed, valid), jax.block_until_ready, arguments.steps
+        )
     for measure in measures.values():  # the first call pays for memory
         measure()
     return measures, facts
@@ -332,27 +339,32 @@ def timed(call: Callable[[], Any], finish: Callable[[Any], object], steps: int) 
 @contextlib.contextmanager
 def torch_process(
     name: str, arguments: argparse.Namespace
-) -> Iterator[tuple[dict[str, Measure], dict[str, Any]] | None]:
-    """The PyTorch network in another process; None where torch is not importable."""
+) -> Iterator[Callable[[], tuple[dict[str, Measure], dict[str, Any]]] | None]:
+    """The PyTorch network in another process, to be waited for; None without torch.
+
+    It compiles while JAX does.
+    """
     python = arguments.torch_python
     if subprocess.run([python, '-c', 'import torch'], capture_output=True).returncode:
         yield None
         return
     command = [python, os.path.abspath(__file__), '--torch-worker', name]
     command += [f'--{name}={getattr(arguments, name)}' for name in ('batch', 'dtype', 'steps')]
-    command += [] if arguments.compile else ['--no-compile']
+    command += ['--kinds', *arguments.kinds, *([] if arguments.compile else ['--no-compile'])]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | HELD
     ) as process:
-        facts = json.loads(process.stdout.readline())
 
         def ask(kind: str) -> float:
             process.stdin.write(kind + '\n')
             process.stdin.flush()
             return float(process.stdout.readline())
 
-        measures = {kind: lambda kind=kind: ask(kind) for kind in facts.pop('kinds')}
-        yield measures, facts
+        def ready() -> tuple[dict[str, Measure], dict[str, Any]]:
+            facts = json.loads(process.stdout.readline())
+            return {kind: functools.partial(ask, kind) for kind in facts.pop('kinds')}, facts
+
+        yield ready
         process.stdin.close()
 
 
@@ -425,13 +437,19 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
 
     measures: dict[str, Measure] = {}
     for suffix, form in (('', lambda n: n), (', compiled', torch.compile))[: 1 + arguments.compile]:
-        measures[f'train{suffix}'] = training(form(build()), hard)
-        measures[f'distil{suffix}'] = training(form(build()), soft(form(teacher)))
-        measures[f'inference{suffix}'] = inference(form(build()))
+        kinds = {
+            'train': lambda form=form: training(form(build()), hard),
+            'distil': lambda form=form: training(form(build()), soft(form(teacher))),
+            'inference': lambda form=form: inference(form(build())),
+        }
+        for kind in kinds:
+            if kind in map(AGAINST.get, arguments.kinds):
+                measures[f'{kind}{suffix}'] = kinds[kind]()
     seconds = {}
     for kind, measure in measures.items():  # the first call compiles, the second pays for memory
-        seconds[kind] = round(measure() / 1e3, 1)
+        seconds[kind] = round(measure() * arguments.steps / 1e3, 1)
         measure()
+        print(f'PyTorch, {kind}: first call in {seconds[kind]} s', file=sys.stderr, flush=True)
     facts = {
         'parameters': sum(p.numel() for p in teacher.parameters()),
         'first_call_seconds': seconds,

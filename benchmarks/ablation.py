@@ -17,13 +17,10 @@ from concurrent import futures
 import functools
 import itertools
 import json
-import os
 import pathlib
-import queue
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 
 import machine
@@ -88,10 +85,7 @@ def main() -> None:
     parser.add_argument('--out', type=pathlib.Path, default=results)
     arguments = parser.parse_args()
 
-    cores = sorted(os.sched_getaffinity(0))
-    free: queue.Queue[list[int]] = queue.Queue()
-    for job in range(arguments.jobs):
-        free.put(cores[job :: arguments.jobs])
+    free = machine.shared_cores(arguments.jobs)
     report = {
         **machine.about(),
         'setting': SETTING,
@@ -104,21 +98,10 @@ def main() -> None:
         folder, first = (arguments.workdir / f'{words}-{seed}' for words in names)
         if first != folder and not folder.exists() and first.exists():
             shutil.copytree(first / 'teacher', folder / 'teacher')
-        own = free.get()
         flags = [*SETTING, *VARIANTS[name], f'--config.seed={seed}', f'--workdir={folder}']
-        environment = os.environ | machine.compile_once(arguments.workdir / 'cache')
-        try:
-            done = subprocess.run(
-                [sys.executable, '-m', 'jaxkd.main', *flags],
-                env=environment,
-                capture_output=True,
-                text=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, own),
-            )
-        finally:
-            free.put(own)
-        if done.returncode:
-            raise RuntimeError(f'{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}')
+        with machine.own_cores(free) as cores:
+            command = [sys.executable, '-m', 'jaxkd.main', *flags]
+            machine.run(command, cores, machine.compile_once(arguments.workdir / 'cache'))
         found = json.loads((folder / 'report.json').read_text())
         return {
             'variant': name,

@@ -1,10 +1,12 @@
 """What a benchmark says about itself and the machine, and how it writes its report."""
 
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import os
 import pathlib
 import platform
+import queue
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,43 @@ def compile_once(folder: pathlib.Path) -> dict[str, str]:
         'JAX_COMPILATION_CACHE_DIR': str(folder.absolute()),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
     }
+
+
+@contextlib.contextmanager
+def own_cores(free: queue.Queue[list[int]]) -> Iterator[list[int]]:
+    """Cores of `shared_cores` for one run, given back at its end."""
+    cores = free.get()
+    try:
+        yield cores
+    finally:
+        free.put(cores)
+
+
+def shared_cores(jobs: int) -> queue.Queue[list[int]]:
+    """The cores of this process, dealt out to so many runs at a time."""
+    cores = sorted(os.sched_getaffinity(0))
+    free: queue.Queue[list[int]] = queue.Queue()
+    for job in range(jobs):
+        free.put(cores[job::jobs] or cores)
+    return free
+
+
+def run(command: list[str], cores: list[int], environment: Mapping[str, str]) -> None:
+    """Runs a command on these cores.
+
+    Raises:
+      RuntimeError: with what it said last, where it fails.
+    """
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+        raise RuntimeError(f'{" ".join(command)}: {said[-1]}')
 
 
 def write_report(path: pathlib.Path, report: dict) -> None:

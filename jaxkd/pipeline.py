@@ -10,7 +10,7 @@ run that was stopped goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -76,8 +76,9 @@ CHOICES = {
     },
     'teacher': {'choose': loop.CHOICES},
 }
-# The parts of a config that a teacher does not depend on.
+# The parts of a config that a teacher does not depend on, and a search.
 AFTER_TEACHER = ('search', 'distil', 'budget', 'blocks', 'inexact')
+AFTER_SEARCH = ('distil',)
 # Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
 SMALL_BATCH = 16
 # How often inference is timed, the networks taking turns.
@@ -436,8 +437,7 @@ def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
     image = jnp.zeros(plan.graph.inputs[0].shape)
     init = jax.jit(lambda key: plan.model.init(key, image, train=False))
     # Runs that differ in what comes later may share a teacher, and in how many more there are.
-    config = records.record(setup.config)
-    given = {part: value for part, value in config.items() if part not in AFTER_TEACHER}
+    given = _settings(setup.config, AFTER_TEACHER)
     del given['teacher']['number']
     start = init(jax.random.key(setup.config.seed))
     if stage == 'teacher':
@@ -615,7 +615,7 @@ def search_structure(
         student,
         loss,
         facts=facts,
-        given=_given(setup, graph.sizes),
+        given=[_settings(setup.config, AFTER_SEARCH), graph.sizes],
         teacher=(plan.model, teacher),
         memory=learn.first(whole, student['params']),
         steer=steer,
@@ -679,7 +679,7 @@ def prune_in_rounds(
         start,
         _taught_loss(setup, plan, aim.stage),
         facts=lambda keep: _alive(graph.cost(keep)._asdict()),
-        given=_given(setup, graph.sizes),
+        given=[_settings(setup.config, AFTER_SEARCH), graph.sizes],
         teacher=(plan.model, teacher),
         memory=graph.keep_all(),
         steer=steer,
@@ -744,7 +744,7 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         start,
         _taught_loss(setup, plan, 'distil'),
         facts=lambda _: _alive(small.structure.compact),
-        given=_given(setup, small.structure.to_json()),
+        given=[_settings(setup.config), small.structure.to_json()],
         teacher=(train.AVERAGE if own else plan.model, teacher),
     )
     return CompactModel(small.module, loop.chosen(setup, 'distil', end), small.structure)
@@ -883,9 +883,9 @@ def _latency(
     }
 
 
-def _given(setup: loop.Setup, structure: Any) -> list[Any]:
-    """What a stage after the teacher's depends on beside the teacher: all of the config."""
-    return [records.record(setup.config), structure]
+def _settings(config: ml_collections.ConfigDict, without: Collection[str] = ()) -> dict[str, Any]:
+    """What a stage depends on of the config: runs that differ in the rest may share its folder."""
+    return {part: value for part, value in records.record(config).items() if part not in without}
 
 
 def _taught_loss(setup: loop.Setup, plan: Plan, stage: str) -> train.Loss | train.Objective:

@@ -1,0 +1,544 @@
+"""The headline: accuracy at a fraction of the cost, against what people would do instead.
+
+    python benchmarks/headline.py [--data fashion_mnist] [--labels 5000] [--seeds 3] [--jobs 2]
+        [--methods jaxkd l1 …] [--budgets flops:0.5 flops:0.5,params:0.192 …]
+        [--torch-python PYTHON]
+    python benchmarks/headline.py --readme README.md
+
+The first makes the rows that benchmarks/results/headline.json lacks, and goes on where it was
+stopped; the second makes the README's table and pictures of the rows that there are. PYTHON has
+torch and torch-pruning; without it their rows are left out. Fashion-MNIST has to be prepared (see
+the README) in $TFDS_DATA_DIR or its default place.
+
+All methods of a seed see the same images, the same random shifts and flips, batches, optimizer and
+moving average, and altogether as many epochs: those of jaxkd's teacher, search and distillation.
+Accuracies are on the test part, which nothing has seen.
+
+| method           | the epochs of teacher / search / distillation are spent on                 |
+| ---------------- | -------------------------------------------------------------------------- |
+| baseline         | the full network / – / – (the teacher of all)                              |
+| baseline_long    | the full network, all of them                                              |
+| jaxkd            | the full network / search under the teacher / distillation                 |
+| uniform          | a network as narrow everywhere, from new weights, all of them              |
+| uniform_kd       | the full network / the narrow one from new weights, taught by it           |
+| l1, fpgm         | the full network / cut at once by this criterion and trained on            |
+| group_taylor     | likewise                                                                   |
+| morphnet         | the full network / gates without a teacher / trained on without one        |
+| scratch          | the structure that jaxkd found, from new weights, all of them              |
+| torch_pruning    | Torch-Pruning's group norm pruner: trained / made sparse, cut / trained on |
+| network_slimming | Torch-Pruning's pruner by scales of BatchNorm, likewise                    |
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import machine
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+NETWORKS = {
+    'mobilenet_v2': [],  # as the data set's preset has it
+    'resnet20': ['--config.model.name=resnet20', '--config.model.arguments={}'],
+    'vgg16_bn': [
+        '--config.model.name=vgg16_bn',
+        "--config.model.arguments={'small_images': True}",
+    ],
+    'densenet_bc_100_12': ['--config.model.name=densenet_bc_100_12', '--config.model.arguments={}'],
+}
+BUDGETS = ('flops:0.5', 'params:0.192', 'flops:0.5,params:0.192', 'flops:0.25')
+# Of the search where there is nothing to search: one step.
+NONE = 0.001
+
+
+class Recipe(NamedTuple):
+    """How long the stages are, in epochs, and what all methods have in common."""
+
+    teacher: float
+    search: float
+    distil: float
+    learning_rate: float
+    flags: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.search + self.distil
+
+
+def recipe(data: str, labels: int | None) -> Recipe:
+    if data == 'digits':
+        return Recipe(30, 12, 35, 0.05)
+    if labels is None:
+        return Recipe(16, 4, 12, 0.05)
+    shared = {'weight_decay': 2e-3, 'ema_decay': 0.99, 'warmup_epochs': 2.0}
+    flags = [
+        f'--config.{stage}.{field}={value}'
+        for stage in ('teacher', 'search', 'distil')
+        for field, value in shared.items()
+    ]
+    return Recipe(60, 15, 75, 0.05, tuple(flags))
+
+
+# What a method changes of jaxkd's run.
+ALONE = ['--config.search.alpha=0.0', '--config.distil.alpha=0.0']
+
+
+def _at_once(criterion: str) -> Callable[[Recipe], list[str]]:
+    return lambda recipe: [
+        f'--config.search.method={criterion}',
+        f'--config.search.epochs={NONE}',
+        f'--config.distil.epochs={recipe.search + recipe.distil}',
+        *ALONE,
+    ]
+
+
+def _from_new_weights(recipe: Recipe, epochs: float) -> list[str]:
+    return [
+        '--config.distil.init=scratch',
+        f'--config.distil.epochs={epochs}',
+        f'--config.distil.learning_rate={recipe.learning_rate}',
+    ]
+
+
+def _uniform(recipe: Recipe, epochs: float) -> list[str]:
+    narrow = ['--config.search.method=uniform', f'--config.search.epochs={NONE}']
+    return [*narrow, *_from_new_weights(recipe, epochs)]
+
+
+CUT: dict[str, Callable[[Recipe], list[str]]] = {
+    'jaxkd': lambda recipe: [],
+    'uniform': lambda recipe: [*_uniform(recipe, recipe.total), *ALONE],
+    'uniform_kd': lambda recipe: _uniform(recipe, recipe.search + recipe.distil),
+    'l1': _at_once('l1'),
+    'fpgm': _at_once('fpgm'),
+    'group_taylor': _at_once('group_taylor'),
+    'morphnet': lambda recipe: ['--config.search.method=morphnet', '--config.distil.alpha=0.0'],
+    'scratch': lambda recipe: [
+        *_from_new_weights(recipe, recipe.total),
+        '--config.distil.alpha=0.0',
+    ],
+}
+FULL = {
+    'baseline': lambda recipe: [],
+    'baseline_long': lambda recipe: [f'--config.teacher.epochs={recipe.total}'],
+}
+TORCH = ('torch_pruning', 'network_slimming')
+METHODS = (*FULL, *CUT, *TORCH)
+
+
+class Task(NamedTuple):
+    """A row to be made."""
+
+    method: str
+    budget: str  # '' of the full network
+    seed: int
+
+    def name(self) -> str:
+        return '-'.join(re.sub(r'\W+', '_', str(part)) for part in self if part != '')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--network', choices=NETWORKS, default='mobilenet_v2')
+    parser.add_argument('--data', choices=('digits', 'fashion_mnist'), default='fashion_mnist')
+    parser.add_argument('--labels', type=int, help='training images; default: all')
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+    parser.add_argument('--budgets', nargs='+', default=list(BUDGETS))
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its cores')
+    parser.add_argument('--torch-python', help='a python that has torch and torch-pruning')
+    parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/headline'))
+    parser.add_argument('--out', type=pathlib.Path, default=RESULTS / 'headline.json')
+    parser.add_argument('--readme', type=pathlib.Path, help='write table and pictures, run nothing')
+    parser.add_argument('--full', type=pathlib.Path, help=argparse.SUPPRESS)
+    arguments, flags = parser.parse_known_args()
+    if arguments.full:
+        train_full(arguments.full, flags)
+    elif flags:
+        parser.error(f'unknown arguments {flags}')
+    elif arguments.readme:
+        write_readme(arguments.readme, json.loads(arguments.out.read_text())['rows'])
+    else:
+        make_rows(arguments)
+
+
+def make_rows(arguments: argparse.Namespace) -> None:
+    """Runs what is missing, in an order in which runs find what they share."""
+    report: dict[str, Any] = {'rows': []}
+    if arguments.out.exists():
+        report = json.loads(arguments.out.read_text())
+    about = machine.about()
+    free, lock = machine.shared_cores(arguments.jobs), threading.Lock()
+    one = functools.partial(make_row, arguments, free, about['device'])
+
+    def keep(task: Task) -> None:
+        if any(_same(row, arguments, task) for row in report['rows']):
+            return
+        row = one(task)
+        with lock:
+            report['rows'].append(row)
+            report['command'] = about['command']
+            machine.write_report(arguments.out, report)
+            print(json.dumps(row), flush=True)
+
+    with futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for wave in waves(arguments):
+            list(pool.map(keep, wave))
+    for line in table(report['rows']):
+        print(line)
+
+
+def waves(arguments: argparse.Namespace) -> Iterator[list[Task]]:
+    """Tasks that need nothing of one another, after those that they need."""
+    methods, seeds = arguments.methods, range(arguments.seeds)
+    # Everything begins with a baseline.
+    yield [Task('baseline', '', seed) for seed in seeds]
+
+    def tasks(names: Sequence[str], budgets: Sequence[str]) -> list[Task]:
+        return [
+            Task(name, budget, seed)
+            for seed in seeds
+            for budget in budgets
+            for name in names
+            if name in methods
+        ]
+
+    yield [*tasks(['jaxkd'], arguments.budgets), *tasks(['baseline_long'], [''])]
+    yield tasks([name for name in CUT if name != 'jaxkd'], arguments.budgets)
+    if arguments.torch_python:
+        # One at a time: they share a network that the first one trains.
+        yield from ([task] for task in tasks(TORCH, arguments.budgets))
+
+
+def make_row(arguments: argparse.Namespace, free: Any, device: str, task: Task) -> dict[str, Any]:
+    """Runs a task to its end."""
+    how = recipe(arguments.data, arguments.labels)
+    runs = arguments.workdir / _words(arguments)
+    folder = runs / task.name()
+    share(runs, task)
+    environment = machine.compile_once(arguments.workdir / 'cache')
+    flags = flags_of(arguments, task, how)
+    with machine.own_cores(free) as cores:
+        if task.method in FULL:
+            command = [sys.executable, __file__, f'--full={folder}', *flags]
+            machine.run(command, cores, environment)
+            found = json.loads((folder / 'full.json').read_text())
+        elif task.method in TORCH:
+            found = run_torch(arguments, task, how, cores, runs)
+        else:
+            command = [sys.executable, '-m', 'jaxkd.main', f'--workdir={folder}', *flags]
+            machine.run(command, cores, environment)
+            said = json.loads((folder / 'report.json').read_text())
+            found = {name: said['compact'][name] for name in ('accuracy', 'flops', 'params')}
+            found['seconds'] = sum(said['seconds'].values())
+    return {
+        'network': arguments.network,
+        'data': arguments.data,
+        'labels': arguments.labels,
+        'method': task.method,
+        'budget': task.budget,
+        'seed': task.seed,
+        'epochs': how.teacher if task.method == 'baseline' else how.total,
+        **found,
+        'seconds': round(found['seconds']),
+        'device': f'{device}, {len(cores)} of them used',
+        'flags': flags,
+    }
+
+
+def flags_of(arguments: argparse.Namespace, task: Task, how: Recipe) -> list[str]:
+    """Of `python -m jaxkd.main`. Those of a teacher are the same for all that share it."""
+    flags = [f'--config=configs/mbv2.py:{arguments.data}', *NETWORKS[arguments.network]]
+    if arguments.labels is not None:
+        flags.append(f'--config.data.labels={arguments.labels}')
+    for stage in ('teacher', 'search', 'distil'):
+        flags.append(f'--config.{stage}.epochs={getattr(how, stage)}')
+    flags += [f'--config.teacher.learning_rate={how.learning_rate}', *how.flags]
+    flags.append(f'--config.seed={task.seed}')
+    if task.method in FULL:
+        return flags + FULL[task.method](how)
+    budget = {'flops': '1.0'} | dict(part.split(':') for part in task.budget.split(','))
+    flags += [f'--config.budget.{resource}={share}' for resource, share in budget.items()]
+    return flags + CUT.get(task.method, lambda how: [])(how)
+
+
+def share(runs: pathlib.Path, task: Task) -> None:
+    """Gives a run the teacher of its seed, and the search that its structure is from."""
+    if task.method not in CUT:
+        return
+    given = {'teacher': task._replace(method='baseline', budget='')}
+    if task.method == 'scratch':
+        given['search'] = task._replace(method='jaxkd')
+    for stage, other in given.items():
+        source, target = runs / other.name() / stage, runs / task.name() / stage
+        if source.exists() and not target.exists():
+            shutil.copytree(source, target)
+
+
+def train_full(folder: pathlib.Path, flags: list[str]) -> None:
+    """The full network alone, trained and tested, by the flags of `python -m jaxkd.main`."""
+    import time
+
+    from absl import flags as absl_flags
+
+    from jaxkd import cpu, main, pipeline, train
+
+    del main  # it defines the flags
+    cpu.hold_memory()
+    absl_flags.FLAGS(['headline', *flags])
+    config = absl_flags.FLAGS.config
+    plan = pipeline.make_plan(config)
+    start = time.monotonic()
+    with pipeline.prepared(config, folder, plan) as setup:
+        variables = pipeline.learn_teacher(setup, plan)
+        seconds = time.monotonic() - start
+        test = train.put(setup.load('test'), setup.mesh)
+        step = train.make_eval_step(plan.model, setup.preprocessing, setup.mesh)
+        size = config.teacher.batch_size
+        accuracy = train.evaluate(step, variables, test, size, setup.mesh)['accuracy']
+    cost = plan.graph.cost()
+    found = {'accuracy': accuracy, 'flops': cost.flops, 'params': cost.params, 'seconds': seconds}
+    (folder / 'full.json').write_text(json.dumps(found))
+
+
+def run_torch(
+    arguments: argparse.Namespace,
+    task: Task,
+    how: Recipe,
+    cores: list[int],
+    runs: pathlib.Path,
+) -> dict[str, Any]:
+    """One of Torch-Pruning's pruners, in a process that has no JAX."""
+    asked = runs / f'{task.name()}.json'
+    images = runs / f'images-{task.seed}.npz'
+    config = _config(flags_of(arguments, task, how))
+    if not images.exists():
+        write_images(images, config)
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        'method': task.method,
+        'network': arguments.network,
+        'arguments': dict(config['model']['arguments']),
+        'images': str(images),
+        'budget': dict(part.split(':') for part in task.budget.split(',')),
+        'seed': task.seed,
+        'padding': config['data']['padding'],
+        'stages': {stage: config[stage] for stage in ('teacher', 'search', 'distil')},
+        'trained': str(runs / f'torch-{task.seed}.pt'),
+    }
+    asked.write_text(json.dumps(settings))
+    worker = str(pathlib.Path(__file__).parent / 'torch_pruners.py')
+    answer = asked.with_suffix('.answer.json')
+    command = [arguments.torch_python, worker, str(asked), str(answer)]
+    machine.run(command, cores, {'OMP_NUM_THREADS': str(len(cores))})
+    return json.loads(answer.read_text())
+
+
+def _config(flags: list[str]) -> dict[str, Any]:
+    """The config that these flags make, as JSON, by a process of its own: flags are global."""
+    code = (
+        'import json, sys; from absl import flags; from jaxkd import main, workdir\n'
+        'flags.FLAGS(["headline", *sys.argv[1:]])\n'
+        'print(json.dumps(workdir.record(flags.FLAGS.config)))'
+    )
+    command = [sys.executable, '-c', code, *flags]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def write_images(path: pathlib.Path, config: dict[str, Any]) -> None:
+    """The training and test images that jaxkd sees, for others."""
+    import numpy as np
+
+    from jaxkd import data
+
+    settings = config['data']
+    load = functools.partial(
+        data.load,
+        settings['name'],
+        seed=config['seed'],
+        validation=settings['validation'],
+        labels=settings['labels'],
+    )
+    learning, test = load('train'), load('test')
+    mean, std = data.statistics(learning)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        path,
+        images=learning.images,
+        labels=learning.labels,
+        test_images=test.images,
+        test_labels=test.labels,
+        mean=mean,
+        std=std,
+        flip=data.info(settings['name']).flip and settings['flip'],
+    )
+
+
+def _words(arguments: argparse.Namespace) -> str:
+    return f'{arguments.network}-{arguments.data}-{arguments.labels or "all"}'
+
+
+def _same(row: dict[str, Any], arguments: argparse.Namespace, task: Task) -> bool:
+    """Whether a row is that of a task, made as it would be made now."""
+    here = (arguments.network, arguments.data, arguments.labels, *task)
+    keys = ('network', 'data', 'labels', 'method', 'budget', 'seed')
+    if tuple(row[key] for key in keys) != here:
+        return False
+    return row['flags'] == flags_of(arguments, task, recipe(arguments.data, arguments.labels))
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over the seeds, and the gain over the baselines of the same seeds."""
+    summary = []
+    keys = ('network', 'data', 'labels', 'budget', 'method')
+    groups = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
+    for group in groups:
+        mine = {row['seed']: row for row in rows if tuple(row[key] for key in keys) == group}
+        base = {
+            row['seed']: row['accuracy']
+            for row in rows
+            if tuple(row[key] for key in keys) == (*group[:3], '', 'baseline')
+        }
+        gains = [row['accuracy'] - base[seed] for seed, row in mine.items() if seed in base]
+        accuracies = [row['accuracy'] for row in mine.values()]
+        summary.append(
+            {
+                **dict(zip(keys, group, strict=True)),
+                'seeds': len(mine),
+                'accuracy': statistics.mean(accuracies),
+                'spread': statistics.stdev(accuracies) if len(mine) > 1 else None,
+                'gain': statistics.mean(gains) if gains else None,
+                'interval': _interval(gains),
+                **{
+                    name: statistics.mean(row[name] for row in mine.values())
+                    for name in ('flops', 'params', 'epochs', 'seconds')
+                },
+                'device': ' / '.join(sorted({row['device'] for row in mine.values()})),
+            }
+        )
+    return summary
+
+
+def _interval(gains: list[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t."""
+    from scipy import stats
+
+    if len(gains) < 2:
+        return None
+    quantile = stats.t.ppf(0.975, len(gains) - 1)
+    return float(quantile * statistics.stdev(gains) / len(gains) ** 0.5)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, a table for each network and data set; best first at each budget."""
+    lines: list[str] = []
+    summary = summarize(rows)
+    for network, data, labels in dict.fromkeys(
+        (row['network'], row['data'], row['labels']) for row in summary
+    ):
+        mine = [
+            row
+            for row in summary
+            if (row['network'], row['data'], row['labels']) == (network, data, labels)
+        ]
+        images = 'all training images' if labels is None else f'{labels:,} training images'
+        lines += [
+            f'{network}, {data}, {images}:',
+            '',
+            '| budget | method | accuracy, % | beside the baseline | FLOPs | params | seeds |',
+            '| ------ | ------ | ----------- | ------------------- | ----- | ------ | ----- |',
+        ]
+        full = next(row for row in mine if row['method'] == 'baseline')
+        for budget in sorted({row['budget'] for row in mine}):
+            there = [row for row in mine if row['budget'] == budget]
+            for row in sorted(there, key=lambda row: -row['accuracy']):
+                spread = '' if row['spread'] is None else f' ± {100 * row["spread"]:.2f}'
+                gain = '' if row['gain'] is None else f'{100 * row["gain"]:+.2f}'
+                if row['interval'] is not None:
+                    gain += f' ± {100 * row["interval"]:.2f}'
+                shares = [f'{row[cost] / full[cost]:.3f}' for cost in ('flops', 'params')]
+                cells = [
+                    budget or 'none',
+                    row['method'],
+                    f'{100 * row["accuracy"]:.2f}{spread}',
+                    gain,
+                    *shares,
+                    str(row['seeds']),
+                ]
+                lines.append(f'| {" | ".join(cells)} |')
+        lines.append('')
+    return lines
+
+
+def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Accuracy against FLOPs and against parameters: a picture for each network and data set."""
+    import matplotlib
+
+    matplotlib.use('svg')
+    from matplotlib import pyplot
+
+    summary = summarize(rows)
+    paths = []
+    for words in dict.fromkeys((row['network'], row['data'], row['labels']) for row in summary):
+        mine = [row for row in summary if (row['network'], row['data'], row['labels']) == words]
+        full = next(row for row in mine if row['method'] == 'baseline')
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
+        names = [name for name in METHODS if any(row['method'] == name for row in mine)]
+        for index, name in enumerate(names):
+            own = name == 'jaxkd'
+            points = [row for row in mine if row['method'] == name]
+            for axis, cost in zip(axes, ('flops', 'params'), strict=True):
+                axis.errorbar(
+                    [row[cost] / full[cost] for row in points],
+                    [100 * row['accuracy'] for row in points],
+                    [100 * (row['spread'] or 0) for row in points],
+                    fmt='o' if own or name in FULL else '.',
+                    color='#d1495b' if own else f'C{index % 10}' if name not in FULL else '#2b2b2b',
+                    mfc='white' if name == 'baseline_long' else None,
+                    zorder=3 if own else 2,
+                    capsize=2,
+                    label=name,
+                )
+        for axis, cost in zip(axes, ('multiply-adds', 'parameters'), strict=True):
+            axis.axhline(100 * full['accuracy'], color='#b9b9b9', lw=1, zorder=1)
+            axis.set_xlabel(f'{cost}, share of the full network')
+            axis.spines[['top', 'right']].set_visible(False)
+        axes[0].set_ylabel('test accuracy, %')
+        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right', frameon=False)
+        figure.suptitle(f'{words[0]}, {words[1]}, {words[2] or "all"} training images')
+        name = '-'.join(str(word or 'all') for word in words)
+        paths.append(folder / f'headline-{name}.svg')
+        figure.savefig(paths[-1], metadata={'Date': None})
+        pyplot.close(figure)
+    return paths
+
+
+def write_readme(readme: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Puts the table and the pictures between the two marks in a README."""
+    begin, end = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
+    text = readme.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f'{readme} needs the lines {begin} and {end}')
+    pictures = draw(rows, RESULTS)
+    here = [os.path.relpath(path, readme.parent) for path in pictures]
+    lines = [*(f'![accuracy against cost]({path})' for path in here), '', *table(rows)]
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    readme.write_text(f'{before}{begin}\n\n' + '\n'.join(lines) + f'{end}{after}')
+    print(f'wrote {readme} and {len(pictures)} pictures')
+
+
+if __name__ == '__main__':
+    main()

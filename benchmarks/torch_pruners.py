@@ -1,0 +1,244 @@
+"""Torch-Pruning's pruners on the images and by the schedule of benchmarks/headline.py.
+
+    PYTHON benchmarks/torch_pruners.py ASKED.json ANSWER.json
+
+PYTHON has torch and torch-pruning. The network is trained on the labels, then with the pruner's own
+sparsity term for as long as jaxkd searches, cut step by step until its cost is within the budget,
+and trained on for as long as jaxkd distils. Optimizer, schedule, moving average, batches and random
+shifts and flips are those of `jaxkd.train`.
+
+`torch_pruning` is Torch-Pruning's group norm pruner with its sparse learning (Fang et al. 2023,
+DepGraph), `network_slimming` its pruner by the scales of BatchNorm (Liu et al. 2017): importance,
+normalization, global ranking and strength are those of its own benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import copy
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+import torch_networks
+import torch_pruning as tp
+
+# Of the sparsity terms, and the share of channels that a layer may lose.
+STRENGTH = {'torch_pruning': 5e-4, 'network_slimming': 1e-4}
+MOST = 0.9
+STEPS = 400
+
+
+def main(asked: str, answer: str) -> None:
+    settings = json.loads(pathlib.Path(asked).read_text())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(settings['seed'])
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    images = dict(np.load(settings['images']).items())
+    channels, classes = images['images'].shape[-1], int(images['labels'].max()) + 1
+    example = torch.zeros(1, channels, *images['images'].shape[1:3])
+    network = torch_networks.build(settings['network'], channels, classes, **settings['arguments'])
+    jax_like(network)
+    stages, padding = settings['stages'], settings['padding']
+    start = time.monotonic()
+    trained = pathlib.Path(settings['trained'])
+    if trained.exists():
+        network.load_state_dict(torch.load(trained, weights_only=True)['network'])
+        spent = torch.load(trained, weights_only=True)['seconds']
+    else:
+        network = train(network, images, stages['teacher'], padding, settings['seed'], device)
+        spent = time.monotonic() - start
+        torch.save({'network': network.state_dict(), 'seconds': spent}, trained)
+        start = time.monotonic()
+
+    full = cost(network, example)
+    budget = {name: float(share) * full[name] for name, share in settings['budget'].items()}
+    head = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    make, importance = {
+        'torch_pruning': (
+            tp.pruner.GroupNormPruner,
+            tp.importance.GroupMagnitudeImportance(p=2, normalizer='max'),
+        ),
+        'network_slimming': (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance()),
+    }[settings['method']]
+    network.to('cpu')
+    pruner = make(
+        network,
+        example,
+        importance,
+        reg=STRENGTH[settings['method']],
+        global_pruning=True,
+        pruning_ratio=1.0,
+        max_pruning_ratio=MOST,
+        iterative_steps=STEPS,
+        ignored_layers=head,
+    )
+    # The pruner holds on to the modules, so it is they that are trained, not their average.
+    train(
+        network,
+        images,
+        stages['search'],
+        padding,
+        settings['seed'] + 1,
+        device,
+        each_epoch=pruner.update_regularizer,
+        each_step=lambda: pruner.regularize(network),
+        average=False,
+    )
+    network.to('cpu')
+    steps = 0
+    while any(cost(network, example)[name] > most for name, most in budget.items()):
+        pruner.step()
+        steps += 1
+        if steps > STEPS:
+            raise SystemExit(f'the budget {settings["budget"]} is out of reach')
+    reached = cost(network, example)
+    untrained = evaluate(network, images, device)
+    network = train(network, images, stages['distil'], padding, settings['seed'] + 2, device)
+    found = {
+        'accuracy': evaluate(network, images, device),
+        **reached,
+        'full': full,
+        'untrained': untrained,
+        'seconds': spent + time.monotonic() - start,
+    }
+    pathlib.Path(answer).write_text(json.dumps(found))
+
+
+def jax_like(network: nn.Module) -> None:
+    """Initial weights as Flax draws them: normal, of variance 1 / inputs, without outliers."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            scale = math.sqrt(1 / fan_in) / 0.87962566103423978  # of a normal cut at two deviations
+            nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def cost(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Multiply-adds of convolutions and products of one image, and parameters, as jaxkd counts."""
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        positions = output[0, 0].numel() if output.dim() == 4 else 1
+        total += positions * module.weight.numel()
+
+    handles = [
+        module.register_forward_hook(count)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    was = network.training
+    network.eval()
+    with torch.no_grad():
+        network(example)
+    network.train(was)
+    for handle in handles:
+        handle.remove()
+    return {'flops': total, 'params': sum(p.numel() for p in network.parameters())}
+
+
+def train(
+    network: nn.Module,
+    images: dict[str, np.ndarray],
+    stage: dict[str, Any],
+    padding: int,
+    seed: int,
+    device: str,
+    *,
+    each_epoch: Callable[[], object] = lambda: None,
+    each_step: Callable[[], object] = lambda: None,
+    average: bool = True,
+) -> nn.Module:
+    """Trains on the labels; the moving average of the network, or the network itself."""
+    network.to(device, memory_format=torch.channels_last).train()
+    inputs = torch.from_numpy(images['images']).permute(0, 3, 1, 2).to(device)
+    labels = torch.from_numpy(images['labels']).long().to(device)
+    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
+    mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
+    size, batch = len(labels), stage['batch_size']
+    per_epoch = max(1, size // batch)
+    steps = max(1, round(stage['epochs'] * per_epoch))
+    kernels = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    groups = [{'params': kernels, 'weight_decay': stage['weight_decay']}, {'params': others}]
+    optimizer = torch.optim.SGD(groups, 0.1, momentum=stage['momentum'], nesterov=True)
+    averaged = copy.deepcopy(network).eval()
+    random = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(size, generator=random)
+            each_epoch()
+        chosen = order[(step % per_epoch) * batch :][:batch].to(device)
+        views = shifted(inputs[chosen], padding, bool(images['flip']), random)
+        rate = learning_rate(stage, step, steps, per_epoch)
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(network((views.float() - mean) / std), labels[chosen]).backward()
+        each_step()
+        optimizer.step()
+        decay = min(stage['ema_decay'], (1 + step) / (10 + step))
+        with torch.no_grad():
+            pairs = zip(averaged.state_dict().values(), network.state_dict().values(), strict=True)
+            for old, new in pairs:
+                if old.is_floating_point():
+                    old.lerp_(new, 1 - decay)
+    return averaged if average else network
+
+
+def learning_rate(stage: dict[str, Any], step: int, steps: int, per_epoch: int) -> float:
+    """`jaxkd.train.learning_rate`: linear warm-up, then a cosine."""
+    warmup = min(round(stage['warmup_epochs'] * per_epoch), steps - 1)
+    peak, end = stage['learning_rate'], stage['final_fraction']
+    if step < warmup:
+        return peak * (1 + step) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def shifted(
+    images: torch.Tensor, padding: int, flip: bool, random: torch.Generator
+) -> torch.Tensor:
+    """Random shifts, black coming in, and flips."""
+    number, _, height, width = images.shape
+    rows, columns = torch.randint(0, 2 * padding + 1, (2, number, 1), generator=random)
+    rows, columns = rows + torch.arange(height), columns + torch.arange(width)
+    if flip:
+        flipped = torch.rand(number, 1, generator=random) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+    padded = functional.pad(images, (padding,) * 4)
+    index = torch.arange(number)[:, None, None]
+    rows, columns = rows[:, :, None].to(images.device), columns[:, None, :].to(images.device)
+    moved = padded.permute(0, 2, 3, 1)[index.to(images.device), rows, columns]
+    return moved.permute(0, 3, 1, 2)
+
+
+def evaluate(network: nn.Module, images: dict[str, np.ndarray], device: str) -> float:
+    """Accuracy on the test part."""
+    network = copy.deepcopy(network).to(device).eval()
+    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
+    mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
+    right = 0
+    labels = torch.from_numpy(images['test_labels']).long()
+    for start in range(0, len(labels), 500):
+        part = torch.from_numpy(images['test_images'][start : start + 500]).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            logits = network((part.to(device).float() - mean) / std)
+        right += int((logits.argmax(1).cpu() == labels[start : start + 500]).sum())
+    return right / len(labels)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

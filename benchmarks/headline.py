@@ -330,7 +330,12 @@ def run_torch(
     settings = {
         'method': task.method,
         'network': arguments.network,
-        'arguments': dict(config['model']['arguments']),
+        'arguments': {
+            # The other networks have one width.
+            name: value
+            for name, value in config['model']['arguments'].items()
+            if (name, value) != ('width', 1.0)
+        },
         'images': str(images),
         'budget': dict(part.split(':') for part in task.budget.split(',')),
         'seed': task.seed,

@@ -213,6 +213,15 @@ def test_select_takes_the_best_score_per_price(chain):
     np.testing.assert_array_equal(keep['two'], [True, True, True, False, False, False])
 
 
+def test_what_is_worth_nothing_uses_the_budget_up(chain):
+    """A=1, B=2 have all the worth, at a cost of 7; of all that have it, A=1, B=6 at 19 is nearest
+    to 21."""
+    graph, _ = chain
+    scores = {'one': np.array([9.0, 0, 0, 0]), 'two': np.array([9.0, 8.0, 0, 0, 0, 0])}
+    keep = selecting.select(graph, scores, flops=21)
+    assert keep['one'].sum() == 1 and keep['two'].sum() == 6
+
+
 def test_select_meets_several_budgets_and_limits(chain):
     graph, _ = chain
     rng = np.random.default_rng(0)

@@ -396,7 +396,7 @@ class _Solver:
         return worth if self.usage(levels).max() >= FULL else DISCOUNT * worth
 
     def best_of_all(self) -> np.ndarray:
-        """The solution with the most merit."""
+        """The solution with the most merit; of equal ones that which uses the most."""
         levels = np.indices(self.top + 1).reshape(len(self.top), -1).T
         counts = self.counts[self.first + levels]
         alive = np.pad(counts @ self.problem.weights.T, ((0, 0), (0, 1)))
@@ -404,7 +404,7 @@ class _Solver:
         usage = (alive[:, self.problem.factors].prod(2) @ self.problem.shares.T).max(1)
         worth = self.worth[self.first + levels].sum(1)
         merit = np.where(usage >= FULL, worth, DISCOUNT * worth)
-        return levels[np.argmax(np.where(usage <= 1, merit, -1.0))]
+        return levels[np.lexsort((usage, np.where(usage <= 1, merit, -1.0)))[-1]]
 
     def starts(self) -> Iterator[np.ndarray]:
         """The full network; and with each group at its middle or its least."""

@@ -1,0 +1,108 @@
+"""benchmarks/headline.py: what runs share, what is run again, and the arithmetic of its table."""
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def headline():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location('headline', BENCHMARKS / 'headline.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def row(method, seed, accuracy, budget='flops:0.5', **changes):
+    return {
+        'network': 'mobilenet_v2',
+        'data': 'digits',
+        'labels': None,
+        'method': method,
+        'budget': '' if method == 'baseline' else budget,
+        'seed': seed,
+        'accuracy': accuracy,
+        'flops': 100 if method == 'baseline' else 50,
+        'params': 10,
+        'epochs': 77,
+        'seconds': 9,
+        'device': 'here',
+        **changes,
+    }
+
+
+ROWS = [
+    *(row('baseline', seed, accuracy) for seed, accuracy in enumerate((0.90, 0.92, 0.91))),
+    *(row('jaxkd', seed, accuracy) for seed, accuracy in enumerate((0.92, 0.93, 0.94))),
+    row('l1', 1, 0.91),
+]
+
+
+def test_gains_are_paired_by_seed(headline):
+    """Gains 2, 1 and 3 points: mean 2, deviation 1; t(0.975, 2) = 4.3027, over √3: 2.484."""
+    base, own, peer = headline.summarize(ROWS)
+    assert (base['gain'], base['interval']) == (0, 0)
+    assert own['gain'] == pytest.approx(0.02)
+    assert own['interval'] == pytest.approx(0.02484, abs=1e-5)
+    assert own['spread'] == pytest.approx(0.01)
+    # Of one seed there is a difference to that seed's baseline, and no spread.
+    assert peer['gain'] == pytest.approx(-0.01)
+    assert peer['spread'] is None and peer['interval'] is None
+
+
+def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
+    monkeypatch.setattr(headline, 'RESULTS', tmp_path)
+    readme = tmp_path / 'README.md'
+    marks = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
+    readme.write_text(f'before\n{marks[0]}\nold\n{marks[1]}\nafter\n')
+    for _ in range(2):  # what is there is replaced
+        headline.write_readme(readme, ROWS)
+    text = readme.read_text()
+    assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
+    assert (
+        text.count('| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 3 |') == 1
+    )
+    assert (tmp_path / 'headline-mobilenet_v2-digits-all.svg').exists()
+    readme.write_text('no marks')
+    with pytest.raises(SystemExit, match='needs the lines'):
+        headline.write_readme(readme, ROWS)
+
+
+def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path):
+    arguments = argparse.Namespace(
+        network='mobilenet_v2',
+        data='digits',
+        labels=None,
+        methods=list(headline.METHODS),
+        budgets=['flops:0.5'],
+        seeds=2,
+        torch_python='python',
+    )
+    waves = list(headline.waves(arguments))
+    place = {task: number for number, wave in enumerate(waves) for task in wave}
+    assert {task.method for task in place} == set(headline.METHODS)
+    how = headline.recipe('digits', None)
+    for task in place:
+        if task.method == 'scratch':
+            assert place[task] > place[task._replace(method='jaxkd')]
+        if task.method != 'baseline':
+            assert place[task] > place[headline.Task('baseline', '', task.seed)]
+        flags = headline.flags_of(arguments, task, how)
+        known = row(*task[::2], 0.9, task.budget, flags=flags)
+        assert headline._same(known, arguments, task)
+        assert not headline._same(known | {'flags': flags[1:]}, arguments, task)
+    # All of a seed begin with the baseline's teacher.
+    task = headline.Task('scratch', 'flops:0.5', 0)
+    for folder in ('baseline-0/teacher', 'jaxkd-flops_0_5-0/search'):
+        (tmp_path / folder).mkdir(parents=True)
+    headline.share(tmp_path, task)
+    assert {path.name for path in (tmp_path / task.name()).iterdir()} == {'teacher', 'search'}

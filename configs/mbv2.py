@@ -170,6 +170,14 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         | {
             'epochs': 35.0,
             'learning_rate': 0.03,
+            # What it does otherwise than data.augment.
+            'augment': {
+                'color_jitter': config_dict.placeholder(float),
+                'trivial_augment': config_dict.placeholder(bool),
+                'erasing': config_dict.placeholder(float),
+                'mixup': config_dict.placeholder(float),
+                'cutmix': config_dict.placeholder(float),
+            },
             # Who teaches: the 'teacher', or the 'average' of the network's own variables.
             'teacher': 'teacher',
             'init': 'search',  # or 'scratch': new weights for the structure found

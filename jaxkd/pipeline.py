@@ -283,6 +283,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     if config.compute_dtype not in precision.DTYPES:
         raise errors.ConfigError('compute_dtype', config.compute_dtype, allowed=precision.DTYPES)
     data.make_augmentation(config.data.augment)
+    distil_augmentation(config)
     _check_batches(config)
     _check_safety(config)
     if config.teacher.number < 1:
@@ -714,6 +715,8 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     it and left behind.
     """
     config = setup.config.distil
+    views = setup.preprocessing._replace(augmentation=distil_augmentation(setup.config))
+    setup = setup._replace(preprocessing=views)
     _tell_parameters(setup, 'student', small.variables)
     start = small.variables
     if config.init == 'scratch':
@@ -748,6 +751,16 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         teacher=(train.AVERAGE if own else plan.model, teacher),
     )
     return CompactModel(small.module, loop.chosen(setup, 'distil', end), small.structure)
+
+
+def distil_augmentation(config: ml_collections.ConfigDict) -> data.Augmentation:
+    """How images are varied in the distillation: as everywhere, but for what it says itself.
+
+    Under a teacher, who answers for whatever it is shown, images may be mixed that no label would
+    fit (Beyer et al. 2021, https://arxiv.org/abs/2106.05237).
+    """
+    own = {name: value for name, value in config.distil.augment.items() if value is not None}
+    return data.make_augmentation({**config.data.augment, **own}, 'distil.augment')
 
 
 def make_adapters(setup: loop.Setup, plan: Plan, small: CompactModel) -> dict[str, Any]:

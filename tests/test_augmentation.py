@@ -55,6 +55,14 @@ def test_settings_are_checked():
         with pytest.raises(errors.ConfigError, match=words):
             data.make_augmentation(settings)
     config = mbv2.get_config()
+    config.data.augment.mixup = 0.2
+    config.distil.augment.cutmix = 1.0
+    # The distillation says what it does otherwise.
+    found = pipeline.distil_augmentation(config)
+    assert found == data.Augmentation(mixup=0.2, cutmix=1.0)
+    config.distil.augment.erasing = 2.0
+    with pytest.raises(errors.ConfigError, match='distil.augment.erasing is 2.0'):
+        pipeline.make_plan(config)
     config.data.augment.cutmix = -1.0
     with pytest.raises(errors.ConfigError, match='data.augment.cutmix is -1.0'):
         pipeline.make_plan(config)

@@ -81,20 +81,20 @@ class Augmentation(NamedTuple):
     cutmix: float = 0.0
 
 
-def make_augmentation(settings: Mapping[str, Any]) -> Augmentation:
-    """Takes the settings from a config's `data.augment`.
+def make_augmentation(settings: Mapping[str, Any], field: str = 'data.augment') -> Augmentation:
+    """Takes the settings from a config's field, `data.augment` unless another is named.
 
     Raises:
       ConfigError: for a name that is no field of `Augmentation`, and a value out of its range.
     """
     for name, value in settings.items():
-        field = f'data.augment.{name}'
+        where = f'{field}.{name}'
         if name not in Augmentation._fields:
-            raise ConfigError(field, value, why=f'the fields are {", ".join(Augmentation._fields)}')
+            raise ConfigError(where, value, why=f'the fields are {", ".join(Augmentation._fields)}')
         if not 0 <= value < math.inf:
-            raise ConfigError(field, value, why='it must be 0, which changes nothing, or more')
+            raise ConfigError(where, value, why='it must be 0, which changes nothing, or more')
         if name in ('color_jitter', 'erasing') and value > 1:
-            raise ConfigError(field, value, why='it must be at most 1')
+            raise ConfigError(where, value, why='it must be at most 1')
     return Augmentation(**settings)
 
 

@@ -504,10 +504,12 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]
         names = [name for name in METHODS if any(row['method'] == name for row in mine)]
         for index, name in enumerate(names):
             own = name == 'jaxkd'
+            # At the same cost they would hide one another.
+            aside = 0.006 * (index - len(names) / 2)
             points = [row for row in mine if row['method'] == name]
             for axis, cost in zip(axes, ('flops', 'params'), strict=True):
                 axis.errorbar(
-                    [row[cost] / full[cost] for row in points],
+                    [row[cost] / full[cost] + aside for row in points],
                     [100 * row['accuracy'] for row in points],
                     [100 * (row['spread'] or 0) for row in points],
                     fmt='o' if own or name in FULL else '.',

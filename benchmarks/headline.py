@@ -59,6 +59,16 @@ NETWORKS = {
     'densenet_bc_100_12': ['--config.model.name=densenet_bc_100_12', '--config.model.arguments={}'],
 }
 BUDGETS = ('flops:0.5', 'params:0.192', 'flops:0.5,params:0.192', 'flops:0.25')
+COLUMNS = (
+    'budget',
+    'method',
+    'accuracy, %',
+    'beside the baseline',
+    'FLOPs',
+    'params',
+    'epochs',
+    'seeds',
+)
 # Of the search where there is nothing to search: one step.
 NONE = 0.001
 
@@ -463,17 +473,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         lines += [
             f'{network}, {data}, {images}:',
             '',
-            '| budget | method | accuracy, % | beside the baseline | FLOPs | params | seeds |',
-            '| ------ | ------ | ----------- | ------------------- | ----- | ------ | ----- |',
+            f'| {" | ".join(COLUMNS)} |',
+            '| --- ' * len(COLUMNS) + '|',
         ]
         full = next(row for row in mine if row['method'] == 'baseline')
         for budget in sorted({row['budget'] for row in mine}):
             there = [row for row in mine if row['budget'] == budget]
             for row in sorted(there, key=lambda row: -row['accuracy']):
                 spread = '' if row['spread'] is None else f' ± {100 * row["spread"]:.2f}'
-                gain = '' if row['gain'] is None else f'{100 * row["gain"]:+.2f}'
-                if row['interval'] is not None:
-                    gain += f' ± {100 * row["interval"]:.2f}'
+                gain = ''
+                if row is not full and row['gain'] is not None:
+                    gain = f'{100 * row["gain"]:+.2f}'
+                    if row['interval'] is not None:
+                        gain += f' ± {100 * row["interval"]:.2f}'
                 shares = [f'{row[cost] / full[cost]:.3f}' for cost in ('flops', 'params')]
                 cells = [
                     budget or 'none',
@@ -481,6 +493,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                     f'{100 * row["accuracy"]:.2f}{spread}',
                     gain,
                     *shares,
+                    f'{row["epochs"]:g}',
                     str(row['seeds']),
                 ]
                 lines.append(f'| {" | ".join(cells)} |')
@@ -544,7 +557,7 @@ def write_readme(readme: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     lines = [*(f'![accuracy against cost]({path})' for path in here), '', *table(rows)]
     before, rest = text.split(begin)
     _, after = rest.split(end)
-    readme.write_text(f'{before}{begin}\n\n' + '\n'.join(lines) + f'{end}{after}')
+    readme.write_text(f'{before}{begin}\n\n' + '\n'.join([*lines, f'{end}{after}']))
     print(f'wrote {readme} and {len(pictures)} pictures')
 
 

@@ -102,7 +102,7 @@ def recipe(data: str, labels: int | None) -> Recipe:
     return Recipe(40, 10, 50, 0.05, tuple(flags))
 
 
-# What a method changes of jaxkd's run.
+# Without a teacher.
 ALONE = ['--config.search.alpha=0.0', '--config.distil.alpha=0.0']
 
 
@@ -128,6 +128,7 @@ def _uniform(recipe: Recipe, epochs: float) -> list[str]:
     return [*narrow, *_from_new_weights(recipe, epochs)]
 
 
+# What a method changes of jaxkd's run; and of the full network's.
 CUT: dict[str, Callable[[Recipe], list[str]]] = {
     'jaxkd': lambda recipe: [],
     'uniform': lambda recipe: [*_uniform(recipe, recipe.total), *ALONE],
@@ -155,6 +156,10 @@ class Task(NamedTuple):
     method: str
     budget: str  # '' of the full network
     seed: int
+
+    def shares(self) -> dict[str, str]:
+        """The budget by resource."""
+        return dict(part.split(':') for part in self.budget.split(','))
 
     def name(self) -> str:
         return '-'.join(re.sub(r'\W+', '_', str(part)) for part in self if part != '')
@@ -280,7 +285,7 @@ def flags_of(arguments: argparse.Namespace, task: Task, how: Recipe) -> list[str
     flags.append(f'--config.seed={task.seed}')
     if task.method in FULL:
         return flags + FULL[task.method](how)
-    budget = {'flops': '1.0'} | dict(part.split(':') for part in task.budget.split(','))
+    budget = {'flops': '1.0'} | task.shares()
     flags += [f'--config.budget.{resource}={share}' for resource, share in budget.items()]
     return flags + CUT.get(task.method, lambda how: [])(how)
 
@@ -348,7 +353,7 @@ def run_torch(
             if (name, value) != ('width', 1.0)
         },
         'images': str(images),
-        'budget': dict(part.split(':') for part in task.budget.split(',')),
+        'budget': task.shares(),
         'seed': task.seed,
         'padding': config['data']['padding'],
         'stages': {stage: config[stage] for stage in ('teacher', 'search', 'distil')},
@@ -447,6 +452,17 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
+def comparisons(
+    summary: list[dict[str, Any]],
+) -> Iterator[tuple[tuple[str, str, int | None], list[dict[str, Any]], dict[str, Any]]]:
+    """Network, data set and labels; what there is of them; and their baseline."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in summary:
+        groups.setdefault((row['network'], row['data'], row['labels']), []).append(row)
+    for words, mine in groups.items():
+        yield words, mine, next(row for row in mine if row['method'] == 'baseline')
+
+
 def _interval(gains: list[float]) -> float | None:
     """Half the width of the 95 % confidence interval of the mean, by Student's t."""
     from scipy import stats
@@ -460,15 +476,7 @@ def _interval(gains: list[float]) -> float | None:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown, a table for each network and data set; best first at each budget."""
     lines: list[str] = []
-    summary = summarize(rows)
-    for network, data, labels in dict.fromkeys(
-        (row['network'], row['data'], row['labels']) for row in summary
-    ):
-        mine = [
-            row
-            for row in summary
-            if (row['network'], row['data'], row['labels']) == (network, data, labels)
-        ]
+    for (network, data, labels), mine, full in comparisons(summarize(rows)):
         images = 'all training images' if labels is None else f'{labels:,} training images'
         lines += [
             f'{network}, {data}, {images}:',
@@ -476,7 +484,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f'| {" | ".join(COLUMNS)} |',
             '| --- ' * len(COLUMNS) + '|',
         ]
-        full = next(row for row in mine if row['method'] == 'baseline')
         for budget in sorted({row['budget'] for row in mine}):
             there = [row for row in mine if row['budget'] == budget]
             for row in sorted(there, key=lambda row: -row['accuracy']):
@@ -506,13 +513,11 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]
     import matplotlib
 
     matplotlib.use('svg')
+    matplotlib.rcParams['svg.hashsalt'] = 'headline'  # the same rows make the same file
     from matplotlib import pyplot
 
-    summary = summarize(rows)
     paths = []
-    for words in dict.fromkeys((row['network'], row['data'], row['labels']) for row in summary):
-        mine = [row for row in summary if (row['network'], row['data'], row['labels']) == words]
-        full = next(row for row in mine if row['method'] == 'baseline')
+    for words, mine, full in comparisons(summarize(rows)):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
         names = [name for name in METHODS if any(row['method'] == name for row in mine)]
         for index, name in enumerate(names):

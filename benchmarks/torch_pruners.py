@@ -51,8 +51,9 @@ def main(asked: str, answer: str) -> None:
     start = time.monotonic()
     trained = pathlib.Path(settings['trained'])
     if trained.exists():
-        network.load_state_dict(torch.load(trained, weights_only=True)['network'])
-        spent = torch.load(trained, weights_only=True)['seconds']
+        known = torch.load(trained, weights_only=True)
+        network.load_state_dict(known['network'])
+        spent = known['seconds']
     else:
         network = train(network, images, stages['teacher'], padding, settings['seed'], device)
         spent = time.monotonic() - start
@@ -161,8 +162,7 @@ def train(
     network.to(device, memory_format=torch.channels_last).train()
     inputs = torch.from_numpy(images['images']).permute(0, 3, 1, 2).to(device)
     labels = torch.from_numpy(images['labels']).long().to(device)
-    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
-    mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
+    normalized = normalizer(images, device)
     size, batch = len(labels), stage['batch_size']
     per_epoch = max(1, size // batch)
     steps = max(1, round(stage['epochs'] * per_epoch))
@@ -183,7 +183,7 @@ def train(
         for group in optimizer.param_groups:
             group['lr'] = rate
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(network((views.float() - mean) / std), labels[chosen]).backward()
+        functional.cross_entropy(network(normalized(views)), labels[chosen]).backward()
         each_step()
         optimizer.step()
         decay = min(stage['ema_decay'], (1 + step) / (10 + step))
@@ -222,17 +222,25 @@ def shifted(
     return moved.permute(0, 3, 1, 2)
 
 
+def normalizer(
+    images: dict[str, np.ndarray], device: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes inputs of images, uint8 [n, channels, height, width], by the training part's mean."""
+    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
+    mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
+    return lambda views: (views.float() - mean) / std
+
+
 def evaluate(network: nn.Module, images: dict[str, np.ndarray], device: str) -> float:
     """Accuracy on the test part."""
     network = copy.deepcopy(network).to(device).eval()
-    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
-    mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
+    normalized = normalizer(images, device)
     right = 0
     labels = torch.from_numpy(images['test_labels']).long()
     for start in range(0, len(labels), 500):
         part = torch.from_numpy(images['test_images'][start : start + 500]).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            logits = network((part.to(device).float() - mean) / std)
+            logits = network(normalized(part.to(device)))
         right += int((logits.argmax(1).cpu() == labels[start : start + 500]).sum())
     return right / len(labels)
 

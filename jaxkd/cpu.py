@@ -224,14 +224,12 @@ def _fast_form(
         and 1 < math.prod(kernel) <= MAX_KERNEL_POSITIONS
     ):
         kind = 'depthwise'
-    elif feature_group_count == 1 and per_group == channels and math.prod(kernel) == 1:
-        kind = 'pointwise'
     elif (
         feature_group_count == 1
         and per_group == channels
         and math.prod(kernel) <= MAX_KERNEL_POSITIONS
     ):
-        kind = 'few'
+        kind = 'pointwise' if math.prod(kernel) == 1 else 'few'
     else:
         return None
     strides = tuple(window_strides)

@@ -90,12 +90,17 @@ def taught(
       model, inputs, wanted: see `outputs`.
       variables: the teacher's, or a tuple with those of several. The first has the features.
     """
-    first, *others = variables if isinstance(variables, tuple) else (variables,)
+    first, *others = each(variables)
     said, _ = outputs(model, first, inputs, wanted, train=False)
     if not others:
         return said
     logits = [outputs(model, other, inputs, train=False)[0].logits for other in others]
     return said._replace(logits=sum(logits, start=said.logits) / (1 + len(logits)))
+
+
+def each(variables: Any) -> tuple[Any, ...]:
+    """The variables of each teacher, of those of one or a tuple with those of several."""
+    return variables if isinstance(variables, tuple) else (variables,)
 
 
 def path(name: str) -> str:

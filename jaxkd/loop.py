@@ -405,8 +405,7 @@ def _teacher(work: Work) -> Any:
     module, variables = work.teacher
     if module is None or module == train.AVERAGE:
         return {}
-    first = variables[0] if isinstance(variables, tuple) else variables
-    return _placed(work, variables, first['params'])
+    return _placed(work, variables, features.each(variables)[0]['params'])
 
 
 def _packed(work: Work, point: Point) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

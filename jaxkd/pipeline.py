@@ -455,11 +455,6 @@ def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
     return loop.chosen(setup, stage, end)
 
 
-def first(teacher: Any) -> Any:
-    """The variables of the teacher, or of the first of several."""
-    return teacher[0] if isinstance(teacher, tuple) else teacher
-
-
 def _tell_parameters(setup: loop.Setup, network: str, variables: Any) -> None:
     said = hosts.first(lambda: watch.overview(network, variables, setup.workdir))
     setup.display.message(said)
@@ -471,7 +466,7 @@ def find_structure(
     """The compact network; and of each expansion, what the report says."""
     config = setup.config
     search = search_structure if config.search.method in LEARNED else prune_in_rounds
-    graph, start, found = plan.graph, first(teacher), None
+    graph, start, found = plan.graph, features.each(teacher)[0], None
     expansions: list[dict[str, Any]] = []
     for stage in [name for name in setup.stages if loop.part(name) == 'search']:
         if found:  # search on, from the network that was widened
@@ -793,7 +788,7 @@ def report(
     batch_size = config.distil.batch_size
     batch = train.make_batch(test, np.arange(batch_size) % test.split.size, setup.mesh)
     networks = {
-        'teacher': (plan.model, first(teacher), plan.graph.cost()._asdict()),
+        'teacher': (plan.model, features.each(teacher)[0], plan.graph.cost()._asdict()),
         'compact': (small.module, small.variables, small.structure.compact),
     }
     rows: dict[str, dict[str, Any]] = {}
@@ -816,7 +811,7 @@ def report(
         rows[name]['milliseconds'] = milliseconds
     if isinstance(teacher, tuple):
         step = train.make_eval_step(plan.model, setup.preprocessing, setup.mesh)
-        several = meshes.place(teacher, first(teacher)['params'], setup.mesh)
+        several = meshes.place(teacher, features.each(teacher)[0]['params'], setup.mesh)
         found = train.evaluate(step, several, test, batch_size, setup.mesh)
         rows['ensemble'] = {'accuracy': found['accuracy']}
 

@@ -1,7 +1,6 @@
 """Stages of training that are stopped, damaged, or whose loss explodes."""
 
 import resource
-import signal
 
 from flax import linen as nn
 import jax
@@ -12,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import checkpoint, data, errors, loop, metrics, stopping, train, watch
+from jaxkd import checkpoint, data, errors, loop, metrics, train, watch
 from jaxkd import mesh as meshes
+from tests import tiny
 
 STAGE = {
     'epochs': 3.0,
@@ -49,20 +49,6 @@ class Tiny(nn.Module):
         x = nn.Dense(16)(x.reshape(len(x), -1))
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         return nn.Dense(10)(x)
-
-
-class After(stopping.Requests):
-    """A signal after so many steps; 0 for none."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def hold(self):
-        super().hold()
-        self.left -= 1
-        if not self.left:
-            self.asked = signal.SIGTERM
 
 
 def spoil(step, how):
@@ -103,7 +89,7 @@ def fit(workdir, *after, stop=0, given='this', said=None, teacher=None, **fields
             log=log,
             display=display,
             load=lambda part: data.load('digits', part),
-            stops=After(stop),
+            stops=tiny.After(stop),
         )
         end = loop.fit(
             setup,

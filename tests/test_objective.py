@@ -1,7 +1,6 @@
 """Sums of losses as a config says them, and whole runs with them."""
 
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from jaxkd import (
     metrics,
     objective,
     pipeline,
-    stopping,
 )
 from tests import tiny
 
@@ -165,20 +163,6 @@ def test_a_plan_refuses_it_too(stage, fields, words):
     assert all(word in str(refused.value) for word in words), str(refused.value)
 
 
-class After(stopping.Requests):
-    """A signal after so many steps."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def hold(self):
-        super().hold()
-        self.left -= 1
-        if not self.left:
-            self.asked = signal.SIGTERM
-
-
 def _told(report):
     return {
         key: {k: v for k, v in value.items() if k != 'milliseconds'}
@@ -207,7 +191,7 @@ def test_features_teach_from_stage_to_stage(tmp_path):
         ),
     )
     with pytest.raises(errors.Stopped, match='of distil'):
-        pipeline.run(config, tmp_path / 'stopped', stops=After(22))
+        pipeline.run(config, tmp_path / 'stopped', stops=tiny.After(22))
     newest = max((tmp_path / 'stopped' / 'distil').glob('[0-9]*'), key=lambda p: int(p.name))
     leaves, _ = checkpoint.read(newest)
     kernels = {
@@ -236,7 +220,7 @@ def test_several_teachers_and_a_network_that_teaches_itself(tmp_path):
     config.teacher.number = 2
     config.distil.update(teacher='average', losses=(('hinton', {'warmup': 0.5}),))
     with pytest.raises(errors.Stopped, match='of teacher2'):
-        pipeline.run(config, tmp_path / 'work', stops=After(12))
+        pipeline.run(config, tmp_path / 'work', stops=tiny.After(12))
     report = pipeline.run(config, tmp_path / 'work')
     assert list(report['seconds']) == ['teacher', 'teacher2', 'search', 'distil']
     assert 0 < report['ensemble']['accuracy'] < 1

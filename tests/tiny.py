@@ -1,11 +1,13 @@
 """A config of a run of seconds: a tiny network on a few digits, an epoch for each stage."""
 
+import signal
+
 from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
 
 from configs import mbv2
-from jaxkd import models
+from jaxkd import models, stopping
 
 
 class Tiny(nn.Module):
@@ -30,3 +32,17 @@ def get_config() -> ml_collections.ConfigDict:
         config[stage].epochs = 1.0
     config.update(log_every=2, checkpoint_seconds=0.0)
     return config
+
+
+class After(stopping.Requests):
+    """A signal after so many steps; 0 for none."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def hold(self):
+        super().hold()
+        self.left -= 1
+        if not self.left:
+            self.asked = signal.SIGTERM

@@ -5,12 +5,13 @@
 prints a table and writes benchmarks/results/train_step.json. PYTHON has torch; without it the
 rest is printed.
 
-Three kinds of steps, as jaxkd's stages make them (`jaxkd.train.make_train_step`, with the moving
-average of the variables, without augmentation): of the teacher's training, of distillation with the
-network itself as the teacher, and of the search, with penalty and control, at full width. PyTorch
-trains and distils; a search is held against its distillation. Inference runs on running statistics,
-in float32. SGD with Nesterov momentum and weight decay. PyTorch runs in channels_last, as it is and
-by `torch.compile`; in bfloat16 by autocast. Where there is a GPU, both run on it, for example
+Three kinds of steps, as jaxkd's stages make them (`jaxkd.train.make_train_step`, without
+augmentation): of the teacher's training, of distillation with the network itself as the teacher,
+and of the search, with penalty and control, at full width. PyTorch trains and distils; a search is
+held against its distillation. Inference runs on running statistics, in float32. Both train by SGD
+with Nesterov momentum and weight decay, and keep a moving average of the variables. PyTorch runs in
+channels_last, as it is and by `torch.compile`; in bfloat16 by autocast. Where there is a GPU, both
+run on it, for example
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 python benchmarks/train_step.py --dtype bfloat16 \
         --batch 256 --steps 20 --cases 'MobileNetV2 224×224×3' 'ResNet-50 224×224×3'
@@ -88,7 +89,7 @@ ON_GPU = {
 }
 CASES = ON_CPU | ON_GPU
 NUM_CLASSES = 10
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, EMA_DECAY = 0.05, 0.9, 5e-4, 0.99
 ALPHA, TEMPERATURE = 0.5, 2.0
 # Which of PyTorch's steps each of jaxkd's is held against.
 AGAINST = {'train': 'train', 'distil': 'distil', 'search': 'distil', 'inference': 'inference'}
@@ -278,7 +279,7 @@ def prepare_jax(
             views,
             mesh,
             seed=0,
-            ema_decay=0.99,
+            ema_decay=EMA_DECAY,
             teacher=teacher,
             fold=functools.partial(gating.fold, body.gates) if searches else None,
             compute_dtype=arguments.dtype,
@@ -373,6 +374,7 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
     import torch
     from torch import nn
     from torch.nn import functional
+    from torch.optim import swa_utils
     import torch_networks
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -411,18 +413,24 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
 
         return loss
 
-    def training(network: nn.Module, loss: Callable[[Any], Any]) -> Measure:
+    def training(form: Callable[[Any], Any], loss: Callable[[Any], Any]) -> Measure:
+        network = build()
+        averaged = swa_utils.AveragedModel(
+            network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True
+        )
         optimizer = torch.optim.SGD(
             network.parameters(), LEARNING_RATE, MOMENTUM, 0, WEIGHT_DECAY, nesterov=True
         )
         network.train()
+        forward = form(network)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             with reduced:
-                value = loss(network(images).float())
+                value = loss(forward(images).float())
             value.backward()
             optimizer.step()
+            averaged.update_parameters(network)
 
         return timed(step, finish, arguments.steps)
 
@@ -438,8 +446,8 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
     measures: dict[str, Measure] = {}
     for suffix, form in (('', lambda n: n), (', compiled', torch.compile))[: 1 + arguments.compile]:
         kinds = {
-            'train': lambda form=form: training(form(build()), hard),
-            'distil': lambda form=form: training(form(build()), soft(form(teacher))),
+            'train': lambda form=form: training(form, hard),
+            'distil': lambda form=form: training(form, soft(form(teacher))),
             'inference': lambda form=form: inference(form(build())),
         }
         for kind in kinds:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxkd import cpu
+from jaxkd.cpu import convolution
 
 # Compiling is most of what these tests do, and nothing here runs long enough to need fast code.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -111,9 +112,10 @@ def convolutions(draw):
         ((2, 4, 3, 4), (3, 2), (2, 2), [(1, 0), (-1, 2)], (1, 1)),
         ((2, 5, 1, 3), (2, 1), (1, 3), 'VALID', (3, 1)),
         ((2, 7, 3), (5,), (2,), 'SAME_LOWER', (1,)),
+        ((2, 9, 8, 16), (3, 2), (2, 1), 'SAME', (1, 2)),
     ],
 )
-def test_few_outputs_equal_lax(shape, kernel, strides, padding, dilation):
+def test_matrix_products_equal_lax(shape, kernel, strides, padding, dilation):
     x, kernel = normal(*shape), normal(*kernel, shape[-1], 6, seed=1)
     options = {'rhs_dilation': dilation, 'dimension_numbers': LAYOUTS[len(strides)]}
     assert_same_as_lax(x, kernel, strides, padding, **options)
@@ -121,6 +123,8 @@ def test_few_outputs_equal_lax(shape, kernel, strides, padding, dilation):
         lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
     )(x, kernel)
     assert 'conv_general_dilated' not in str(program) and 'dot_general' in str(program)
+    if x.shape[-1] >= 16:  # of any size, with strides
+        return
     larger = jnp.tile(x, (1, *[5] * len(strides), 1))
     program = jax.make_jaxpr(
         lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
@@ -133,6 +137,43 @@ def test_few_outputs_equal_lax(shape, kernel, strides, padding, dilation):
 def test_depthwise_and_pointwise_equal_lax(convolution):
     shape, kernel_shape, strides, padding, options = convolution
     assert_same_as_lax(normal(*shape), normal(*kernel_shape, seed=1), strides, padding, **options)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'window', 'strides', 'padding'),
+    [
+        ((2, 7, 6, 3), (3, 3), (2, 2), [(1, 1), (1, 1)]),
+        ((2, 7, 6, 3), (2, 2), (2, 2), 'VALID'),
+        ((1, 5, 8, 2), (3, 2), (1, 3), 'SAME'),
+        ((3, 9, 2), (2,), (3,), [(0, 0)]),
+        ((1, 4, 4, 4, 2), (2, 2, 2), None, 'SAME'),
+    ],
+)
+def test_max_pool_equals_flax(shape, window, strides, padding):
+    # Few different values: most windows have several of the largest.
+    x = jnp.round(normal(*shape))
+
+    def both(pool, cotangent):
+        out, pull_back = jax.vjp(lambda x: pool(x, window, strides, padding), x)
+        return out, *pull_back(cotangent)
+
+    out = nn.max_pool(x, window, strides, padding)
+    results = jit(lambda c: (both(cpu.max_pool, c), both(nn.max_pool, c)))(
+        normal(*out.shape, seed=1)
+    )
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-6)
+    gradient = jax.make_jaxpr(lambda c: both(cpu.max_pool, c))(out)
+    assert 'select_and_scatter' not in str(gradient)
+
+
+def test_max_pool_of_what_flax_alone_pools(monkeypatch):
+    x = normal(2, 16, 16, 3)
+    for inputs, window in [(x[0], (2, 2)), (x, (9, 9)), (x.astype(jnp.int32), (2, 2))]:
+        expected = nn.max_pool(inputs, window)
+        np.testing.assert_array_equal(cpu.max_pool(inputs, window), expected)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert 'custom_vjp' not in str(jax.make_jaxpr(lambda x: cpu.max_pool(x, (2, 2)))(x))
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -295,7 +336,7 @@ def record_calls(monkeypatch):
         calls.append(kwargs.get('feature_group_count', 1))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(cpu, 'conv_general_dilated', recorded)
+    monkeypatch.setattr(convolution, 'conv_general_dilated', recorded)
     return calls
 
 

@@ -7,6 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
+
 
 class NormConv(nn.Module):
     """BatchNorm, ReLU, and a convolution without bias.
@@ -87,7 +89,7 @@ class DenseNet(nn.Module):
         )(x)
         if not self.small_images:
             x = nn.relu(norm(name='stem_bn')(x))
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = cpu.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block, depth in enumerate(self.depths, start=1):
             if block > 1:
                 x = norm_conv(x.shape[-1] // 2, name=f'transition{block - 1}')(x, train)

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
 from jaxkd.models.layers import ConvBN
 
 # What the published weights were trained with, instead of 1e-5.
@@ -35,7 +36,7 @@ class InceptionBlock(nn.Module):
 
     Attributes:
       branches: the layers of each chain.
-      pool: `nn.max_pool` or `nn.avg_pool`, over windows of 3×3.
+      pool: `cpu.max_pool` or `nn.avg_pool`, over windows of 3×3.
       pool_features: channels of the 1×1 convolution after the pooling; 0 for none.
       stride: of the last layer of each chain and of the pooling; 2 goes without padding.
       bn_momentum: decay of the running BatchNorm statistics.
@@ -43,7 +44,7 @@ class InceptionBlock(nn.Module):
     """
 
     branches: Sequence[Sequence[Layer]]
-    pool: Callable[..., jax.Array] = nn.max_pool
+    pool: Callable[..., jax.Array] = cpu.max_pool
     pool_features: int = 0
     stride: int = 1
     bn_momentum: float = 0.9
@@ -104,7 +105,7 @@ class GoogLeNet(nn.Module):
         conv_bn = functools.partial(ConvBN, bn_epsilon=BN_EPSILON, **common)
 
         def pool(x, window=3):  # halves even sides
-            return nn.max_pool(x, (window, window), strides=(2, 2), padding=((0, 1), (0, 1)))
+            return cpu.max_pool(x, (window, window), strides=(2, 2), padding=((0, 1), (0, 1)))
 
         window, stride = (3, 1) if self.small_images else (7, 2)
         x = conv_bn(64, window, stride, name='stem1')(x, train)
@@ -156,7 +157,7 @@ class InceptionV3(nn.Module):
         conv_bn = functools.partial(ConvBN, bn_epsilon=BN_EPSILON, **common)
 
         def pool(x):
-            return x if self.small_images else nn.max_pool(x, (3, 3), strides=(2, 2))
+            return x if self.small_images else cpu.max_pool(x, (3, 3), strides=(2, 2))
 
         x = conv_bn(32, 3, 1 if self.small_images else 2, padding=0, name='stem1')(x, train)
         x = conv_bn(32, 3, padding=0, name='stem2')(x, train)

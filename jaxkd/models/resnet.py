@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
 from jaxkd.models.layers import ConvBN
 
 
@@ -117,7 +118,7 @@ class ResNet(nn.Module):
         window, stride = (3, 1) if self.small_images else (7, 2)
         x = ConvBN(64, window, stride, name='stem', **common)(x, train)
         if not self.small_images:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = cpu.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, depth in enumerate(self.depths, start=1):
             width = 64 * 2 ** (stage - 1)
             if self.bottleneck:

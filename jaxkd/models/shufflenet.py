@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
 from jaxkd.models.layers import ConvBN
 
 # Units of the three stages, in both versions.
@@ -27,7 +28,7 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
     """The largest of each 3×3 window; the image itself for a stride of 1."""
     if stride == 1:
         return x
-    return nn.max_pool(x, (3, 3), (stride, stride), padding=((1, 1), (1, 1)))
+    return cpu.max_pool(x, (3, 3), (stride, stride), padding=((1, 1), (1, 1)))
 
 
 class UnitV1(nn.Module):

@@ -7,6 +7,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
+
 # Channels of the 1×1 convolution that each fire module begins with, from the second layer on.
 SQUEEZED = (16, 16, 32, 32, 48, 48, 64, 64)
 
@@ -72,7 +74,7 @@ class SqueezeNet(nn.Module):
         squeezed = iter(SQUEEZED)
         for stage, depth in enumerate(self.depths):
             # Odd sides are rounded down, even ones halved.
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
+            x = cpu.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
             for index in range(depth):
                 c = next(squeezed)
                 x = Fire(c, 4 * c, dtype=self.dtype, name=f'stage{stage + 1}_fire{index}')(x)

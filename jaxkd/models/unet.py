@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
 from jaxkd.models.layers import ConvBN
 
 
@@ -70,7 +71,7 @@ class UNet(nn.Module):
         for level, features in enumerate(widths[:-1]):
             x = double_conv(features, name=f'down{level}')(x, train)
             skips.append(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = cpu.max_pool(x, (2, 2), (2, 2))
         x = double_conv(widths[-1], name='bottom')(x, train)
         for level in reversed(range(self.depth)):
             features = widths[level]

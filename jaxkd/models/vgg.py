@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd import cpu
 from jaxkd.models.layers import ConvBN
 
 
@@ -50,7 +51,7 @@ class VGG(nn.Module):
                     name=f'stage{stage + 1}_conv{index}',
                 )(x, train)
             if stride > 1:
-                x = nn.max_pool(x, (stride, stride), strides=(stride, stride))
+                x = cpu.max_pool(x, (stride, stride), strides=(stride, stride))
         if self.small_images:
             x = dropout(jnp.mean(x, axis=(1, 2)))
         else:

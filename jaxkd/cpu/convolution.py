@@ -1,0 +1,254 @@
+"""`jax.lax.conv_general_dilated` in the form that XLA:CPU runs fastest."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxkd.cpu import depthwise, products, winograd
+
+# One shifted product for each kernel position: the program grows with their number, and with it
+# the time to compile it. 7×7 kernels are still in; 9×9 and larger go to lax.
+MAX_KERNEL_POSITIONS = 64
+# Pixels of an output that are few. On two cores a 3×3 kernel with 512 channels and a batch of 32
+# takes, by lax and as a matrix product, 269 and 4 ms for 2×2 pixels, 8.6 and 9.0 ms for 3×3.
+FEW_OUTPUTS = 4
+# With a stride, the product takes 0.7 to 0.8 of lax's time, forward and backward; it is slower for
+# the three channels of an image, which have no gradient.
+STRIDED_CHANNELS = 16
+# Winograd's transforms cost as much a channel however many there are, and the products cost less
+# the fewer there are. On two cores, forward and backward, batch 32, its time is 1.3 of lax's with
+# 16 channels (32×32 pixels), 0.9 to 1.1 with 32 or 64 and few pixels, 0.5 from 128 on.
+WINOGRAD_CHANNELS, WINOGRAD_TILES = 32, 64
+# What those two may hold meanwhile: memory may be dearer than time.
+MAX_BYTES = 2**30
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, in another form where XLA:CPU runs that faster.
+
+    Depthwise convolutions (one input channel per group, any channel multiplier, stride, padding and
+    kernel dilation), 1×1 convolutions and those of one group with strides or few outputs, of
+    floats in channels-last layout, have such a form; 3×3 convolutions of one group, stride one and
+    many channels in float32 or float64, too. Everything else is handed to lax. Works under
+    jit, vmap, checkpoint and reverse-mode differentiation, of higher order too (`jax.jvp` of
+    `jax.grad` included). The fast forms have no forward-mode derivative of their own (`jax.jvp`,
+    `jax.jacfwd`), because their gradients are written by hand.
+
+    Args:
+        lhs: input, float [batch, *spatial, channels] for a fast form.
+        rhs: kernel, [*kernel, channels / feature_group_count, features], of the same dtype.
+        window_strides: one int per spatial dimension.
+        padding: 'SAME', 'VALID', 'SAME_LOWER' or (low, high) per spatial dimension; may be
+            negative.
+        lhs_dilation: as in lax; other than ones: lax.
+        rhs_dilation: one int per spatial dimension, or None for ones.
+        dimension_numbers: as in lax; other than NHWC, HWIO, NHWC: lax.
+        feature_group_count: number of groups of channels.
+        batch_group_count: as in lax; other than one: lax.
+        precision: of the matrix product, as in lax; the shifted products are in full precision.
+        preferred_element_type: as in lax; other than None and the operands' dtype: lax.
+
+    Returns:
+        [batch, *output spatial, features] of the operands' dtype. Half-precision depthwise
+        convolutions are summed in float32.
+
+    Raises:
+        TypeError, ValueError: those of lax, for operands that don't fit together.
+    """
+    form = _fast_form(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        preferred_element_type,
+    )
+    if form is None:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+    kind, strides, pads, dilation = form
+    if kind == 'pointwise':
+        return products.pointwise(lhs, rhs, strides, pads, precision)
+    if kind == 'winograd':
+        return winograd.convolution(lhs, rhs, pads, precision)
+    if kind == 'product':
+        return products.dense(lhs, rhs, strides, pads, dilation, precision)
+    multiplier = rhs.shape[-1] // feature_group_count
+    if multiplier > 1:
+        lhs = jnp.repeat(lhs, multiplier, axis=-1)
+    return depthwise.convolution(lhs, rhs.squeeze(-2), strides, pads, dilation)
+
+
+@contextlib.contextmanager
+def fast_convolutions() -> Iterator[None]:
+    """Makes every `flax.linen.Conv` called inside use this module's `conv_general_dilated`.
+
+    Only where the default backend is the CPU; elsewhere nothing changes. Parameters, their names
+    and initial values stay as they are, outputs too, to rounding. A layer which was given a
+    `conv_general_dilated` or `conv_general_dilated_cls` of its own keeps it. Lifted modules
+    (`nn.remat`, `nn.scan`, `nn.vmap`) and further interceptors, inside or around, work as before.
+
+    What counts is where a function is traced: a `jax.jit`-compiled function that was first called
+    outside this context, with arguments of the same shapes, keeps its slow convolutions, and one
+    first called inside keeps its fast ones. Modules under `nn.jit` have such a cache of their own.
+    """
+    if jax.default_backend() != 'cpu':
+        yield
+        return
+    with nn.intercept_methods(_use_fast_convolution):
+        yield
+
+
+def _use_fast_convolution(
+    call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+) -> Any:
+    module = context.module
+    if (
+        not isinstance(module, nn.Conv)
+        or context.method_name != '__call__'
+        or module.conv_general_dilated is not None
+        or module.conv_general_dilated_cls is not None
+    ):
+        return call(*args, **kwargs)
+    # For the length of the call the field is set on the module itself, not on a clone: parameter
+    # names, scope and collections cannot change, no interceptor sees a second call, and one that
+    # clones the module to change other fields hands this one on.
+    object.__setattr__(module, 'conv_general_dilated', conv_general_dilated)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, 'conv_general_dilated', None)
+
+
+def _fast_form(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    dimension_numbers: Any,
+    feature_group_count: int,
+    batch_group_count: int,
+    preferred_element_type: Any,
+) -> tuple[str, tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]] | None:
+    """(kind, strides, pads, dilation), or None: lax has to do it.
+
+    Kinds: 'depthwise', 'pointwise', 'product', 'winograd'.
+
+    Operands that don't fit together are None too: lax has the error message.
+    """
+    rank = lhs.ndim
+    dtype = lhs.dtype
+    if (
+        rank < 3
+        or rhs.ndim != rank
+        or dtype != rhs.dtype
+        or not jnp.issubdtype(dtype, jnp.floating)
+        or jnp.finfo(dtype).bits < 16
+        or batch_group_count != 1
+        or (lhs_dilation is not None and any(d != 1 for d in lhs_dilation))
+        or (preferred_element_type is not None and jnp.dtype(preferred_element_type) != dtype)
+        # Symbolic sizes (jax.export) are welcome in the batch only.
+        or not all(isinstance(size, int) for size in (*lhs.shape[1:], *rhs.shape))
+    ):
+        return None
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    spatial_axes = tuple(range(1, rank - 1))
+    channels_last = (0, rank - 1, *spatial_axes)
+    if (
+        tuple(numbers.lhs_spec) != channels_last
+        or tuple(numbers.rhs_spec) != (rank - 1, rank - 2, *range(rank - 2))
+        or tuple(numbers.out_spec) != channels_last
+    ):
+        return None
+    channels, kernel = lhs.shape[-1], rhs.shape[:-2]
+    per_group, features = rhs.shape[-2:]
+    if (
+        feature_group_count == channels > 1 == per_group
+        and features % channels == 0
+        and 1 < math.prod(kernel) <= MAX_KERNEL_POSITIONS
+    ):
+        kind = 'depthwise'
+    elif (
+        feature_group_count == 1
+        and per_group == channels
+        and math.prod(kernel) <= MAX_KERNEL_POSITIONS
+    ):
+        kind = 'pointwise' if math.prod(kernel) == 1 else 'dense'
+    else:
+        return None
+    strides = tuple(window_strides)
+    dilation = (1,) * (rank - 2) if rhs_dilation is None else tuple(rhs_dilation)
+    if len(strides) != rank - 2 or len(dilation) != rank - 2 or min(strides + dilation) < 1:
+        return None
+    extents = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    if isinstance(padding, str):
+        pads = lax.padtype_to_pads(lhs.shape[1:-1], extents, strides, padding)
+    else:
+        pads = padding
+    pads = tuple((int(low), int(high)) for low, high in pads)
+    if len(pads) != rank - 2 or features == 0:
+        return None
+    padded = [n + low + high for n, (low, high) in zip(lhs.shape[1:-1], pads, strict=True)]
+    if any(n == 0 for n in lhs.shape[1:]) or any(p < e for p, e in zip(padded, extents)):
+        return None  # an output without elements
+    outputs = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
+    if kind == 'dense':
+        strided = max(strides) > 1 and channels >= STRIDED_CHANNELS
+        if math.prod(outputs) <= FEW_OUTPUTS or (strided and _rows_fit(lhs, rhs, outputs)):
+            kind = 'product'
+        elif kernel == (3, 3) and max(strides + dilation) == 1 and _worth_winograd(lhs, rhs, pads):
+            kind = 'winograd'
+        else:
+            return None
+    return kind, strides, pads, dilation
+
+
+def _rows_fit(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:
+    seen = math.prod(outputs) * math.prod(rhs.shape[:-1]) * lhs.dtype.itemsize
+    return isinstance(lhs.shape[0], int) and lhs.shape[0] * seen <= MAX_BYTES
+
+
+def _worth_winograd(lhs: jax.Array, rhs: jax.Array, pads: winograd.Pads) -> bool:
+    if not isinstance(lhs.shape[0], int) or jnp.finfo(lhs.dtype).bits < 32:
+        return False
+    tiles = winograd.num_tiles(lhs.shape, pads)
+    return (
+        min(rhs.shape[-2:]) >= WINOGRAD_CHANNELS
+        and tiles >= WINOGRAD_TILES
+        and 16 * tiles * max(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
+    )

@@ -6,16 +6,13 @@ Shapes are all it takes: no parameter is allocated and nothing is computed.
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Mapping, Sequence
-import importlib
 import inspect
 import operator
-import os
 import pathlib
 import re
 import sys
-from typing import Any, NoReturn
+from typing import Any
 import warnings
 
 from flax import linen as nn
@@ -23,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
-from jaxkd import errors, models, picture
+from jaxkd import command, errors, picture
 from jaxkd.graph import table as tables
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.cost import Row
@@ -103,53 +100,6 @@ def _by_block(
     return list(rows.values())
 
 
-def make_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model that the command line names.
-
-    Args:
-      name: of the registry, or `module:function`; the function returns a Linen module when it is
-        called with the arguments, as a Linen class does. The current directory is looked in first.
-      arguments: of the function, or of the network of the registry.
-
-    Raises:
-      ConfigError: where there is none, with what to change.
-    """
-    if ':' in name:
-        make = _function(name)
-    elif name in models.REGISTRY:
-        make = models.REGISTRY[name]
-    else:
-        why = 'your own is named module:function'
-        raise errors.ConfigError('--model', name, allowed=models.REGISTRY, why=why)
-    try:
-        model = make(**arguments)
-    except Exception as error:
-        raise errors.ConfigError('--arguments', dict(arguments), why=_words(error)) from error
-    if not isinstance(model, nn.Module):
-        why = f'it returns a {type(model).__name__}; a Linen module is needed'
-        raise errors.ConfigError('--model', name, why=why)
-    return model
-
-
-def _function(name: str) -> Any:
-    module, _, function = name.partition(':')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = operator.attrgetter(function)(importlib.import_module(module))
-    except ModuleNotFoundError as error:
-        why = f'there is no module {error.name}, neither installed nor in the current directory'
-    except AttributeError as error:
-        why = _words(error)
-    except Exception as error:  # the user's code can raise anything
-        why = f'importing {module} raises {_words(error)}'
-    else:
-        if callable(found) and not isinstance(found, nn.Module):
-            return found
-        why = 'it is neither a function nor a class; name one that makes the Linen module'
-    raise errors.ConfigError('--model', name, why=why) from None
-
-
 def abstract(text: str, dtype: str) -> jax.ShapeDtypeStruct:
     """An input from the command line.
 
@@ -204,50 +154,22 @@ def trace(
         shapes = ', '.join(map(str, _avals(inputs)))
         raise errors.GraphError(
             f'{type(model).__name__} cannot be called with {shapes} and {dict(called)}; '
-            f'change --input, --arguments or --apply: {_words(error)}'
+            f'change --input, --arguments or --apply: {command.words(error)}'
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
         return tracing.trace(model, variables, *inputs, inexact=inexact, **apply)
 
 
-def _words(error: BaseException) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
-
-
-def _literal(flag: str, text: str, kind: type, example: str) -> Any:
-    """A value that is written as Python writes it."""
-    try:
-        value = ast.literal_eval(text)
-        if isinstance(value, kind):
-            return value
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
-    raise errors.ConfigError(flag, text, why=f'write a {kind.__name__}, such as "{example}"')
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One sentence, without the usage."""
-        self.exit(2, f'jaxkd: {message}; --help lists the flags\n')
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = command.Parser(
         prog='python -m jaxkd.summary',
         description='Prints what a network is made of: its layers and what they cost, the channels '
         'that must be removed together, what cannot be removed and why. Nothing is trained, and no '
         'parameter is allocated.',
         epilog='exit status: 0 done, 1 the network cannot be traced, 2 a wrong command line',
     )
-    parser.add_argument(
-        '--model',
-        required=True,
-        metavar='NAME',
-        help='a network of jaxkd, such as mobilenet_v2, or module:function of your own, where '
-        'the function (a class will do) returns a Linen module; the module may lie in the current '
-        'directory',
-    )
+    command.add_model(parser, required=True)
     parser.add_argument(
         '--input',
         required=True,
@@ -257,19 +179,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         'than --dtype: 1,224,224,3 or 1,16:int32. Given again for each further input',
     )
     parser.add_argument('--dtype', default='float32', help='of the inputs (default: %(default)s)')
-    parser.add_argument(
-        '--arguments',
-        default='{}',
-        metavar='DICT',
-        help='of the network or the function: "{\'num_classes\': 10}"',
-    )
-    parser.add_argument(
-        '--apply',
-        default='{}',
-        metavar='DICT',
-        help='what the network is called with beside its inputs: "{\'deterministic\': True}"; '
-        "'train': False is added where it has that argument",
-    )
     parser.add_argument(
         '--blocks',
         default='()',
@@ -296,15 +205,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(flags: argparse.Namespace) -> None:
     inputs = [abstract(text, flags.dtype) for text in flags.input]
-    arguments = _literal('--arguments', flags.arguments, dict, "{'num_classes': 10}")
-    apply = _literal('--apply', flags.apply, dict, "{'train': False}")
     example = "(('block1/', {'strength': 2.0}),)"
     blocks = flags.blocks
     if blocks != blocking.AUTO:
-        blocks = _literal('--blocks', blocks, tuple, example)
+        blocks = command.literal('--blocks', blocks, tuple, example)
     if flags.plot:
         picture.check(pathlib.Path(flags.plot))
-    graph = trace(make_model(flags.model, arguments), inputs, apply, flags.inexact)
+    graph = trace(command.model(flags), inputs, command.apply(flags), flags.inexact)
     text = describe(graph, blocks)
     if flags.plot:
         picture.save(graph, flags.plot, title=flags.model)
@@ -324,15 +231,7 @@ def _print(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m jaxkd.summary`; returns its exit status."""
-    flags = _parse(arguments)
-    try:
-        _run(flags)
-    except errors.JaxkdError as error:
-        print(f'jaxkd: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2 if isinstance(error, errors.ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command.run(_run, _parse(arguments))
 
 
 if __name__ == '__main__':

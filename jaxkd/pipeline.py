@@ -18,7 +18,6 @@ import math
 import os
 import pathlib
 import statistics
-import time
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -918,12 +917,7 @@ def _alive(cost: Mapping[str, int]) -> dict[str, int]:
 
 
 def _time(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of each call; they take turns, so that a busy machine hurts all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repetition in range(TIMINGS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if repetition:  # the first one compiles
-                taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    """Median milliseconds of each call."""
+    waiting = [lambda call=call: jax.block_until_ready(call()) for call in calls.values()]
+    taken = latency.take_turns(waiting, TIMINGS)
+    return {name: 1e3 * statistics.median(t) for name, t in zip(calls, taken, strict=True)}

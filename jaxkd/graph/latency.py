@@ -180,19 +180,33 @@ def time_probes(probes: Sequence[Probe], seconds: float = 1.0) -> list[float]:
     for probe in probes:
         operands = [jnp.asarray(cutting.random_leaf(random, operand)) for operand in probe.operands]
         call = functools.partial(jax.jit(probe.function, keep_unused=True), *operands)
-        jax.block_until_ready(call())
-        calls.append(call)
+        calls.append(lambda call=call: jax.block_until_ready(call()))
+    return [statistics.median(times) for times in take_turns(calls, ROUNDS, seconds)]
+
+
+def take_turns(
+    calls: Sequence[Callable[[], Any]], rounds: int, seconds: float = math.inf
+) -> list[list[float]]:
+    """The seconds of each call, once a round; each is called before, to compile.
+
+    Args:
+      calls: each returns when it is done.
+      rounds: how many there are at most, and one at least.
+      seconds: after so many, no further round is begun.
+    """
+    for call in calls:
+        call()
     taken: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    for done in range(ROUNDS):
+    for done in range(rounds):
         if done and time.perf_counter() > end:
             break
         for call, times in zip(calls, taken, strict=True):
-            jax.block_until_ready(call())  # fills the caches with its own, not its predecessor's
+            call()  # fills the caches with its own, not its predecessor's
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            call()
             times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
+    return taken
 
 
 def network(

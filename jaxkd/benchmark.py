@@ -1,0 +1,230 @@
+"""`python -m jaxkd.benchmark`: how long full and compact networks take on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+import functools
+import inspect
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import command, cpu, device, errors, saved
+from jaxkd.graph import latency, resize
+from jaxkd.graph import table as tables
+from jaxkd.graph.structure import CompactModel
+
+
+class Row(NamedTuple):
+    """What was measured of one network.
+
+    Attributes:
+      folder: where it is from.
+      network: 'full' or 'compact'.
+      batch: images at a time.
+      flops: multiply-adds of one image.
+      milliseconds: of a batch, the median.
+      spread: its first and third quartile.
+      speedup: how often faster than the full network in its turns: the median of the ratios.
+    """
+
+    folder: str
+    network: str
+    batch: int
+    flops: float
+    milliseconds: float
+    spread: tuple[float, float]
+    speedup: float
+
+
+def measure(
+    small: CompactModel,
+    *,
+    batch_size: int = 1,
+    rounds: int = 50,
+    seconds: float = 20.0,
+    folder: str = '',
+    **apply_kwargs: Any,
+) -> list[Row]:
+    """Times the full network and the compact one, in turns, on JAX's default device.
+
+    Weights of the full network and inputs are random: they change no time. On a CPU, convolutions
+    run in the form that is fast there.
+
+    Args:
+      small: the compact network, with the shapes of its inputs.
+      batch_size: images at a time.
+      rounds: turns that each of them has at most.
+      seconds: after so many, no further turn is begun.
+      folder: for the rows.
+      **apply_kwargs: further arguments of the model. `train=False` is added where it has that
+        argument.
+
+    Raises:
+      ConfigError: for a network that cannot be called so.
+    """
+    full = full_module(small)
+    if 'train' in inspect.signature(full.__call__).parameters:
+        apply_kwargs = {'train': False, **apply_kwargs}
+    random = np.random.default_rng(0)
+    inputs = [
+        jnp.asarray(random.random((batch_size, *spec['shape'][1:])), spec['dtype'])
+        for spec in small.structure.inputs
+    ]
+    try:
+        init = jax.jit(functools.partial(full.init, **apply_kwargs))
+        variables = init(jax.random.key(0), *inputs)
+    except Exception as error:
+        why = f'{type(full).__name__} cannot be called with them: {command.words(error)}'
+        raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
+    calls = [
+        _call(full, variables, inputs, apply_kwargs),
+        _call(small.module, small.variables, inputs, apply_kwargs),
+    ]
+    taken = latency.take_turns(calls, rounds, seconds)
+    costs = (small.structure.full, small.structure.compact)
+    return [
+        Row(
+            folder,
+            network,
+            batch_size,
+            cost['flops'],
+            1e3 * statistics.median(times),
+            tuple(1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))),
+            statistics.median(first / own for first, own in zip(taken[0], times, strict=True)),
+        )
+        for network, cost, times in zip(('full', 'compact'), costs, taken, strict=True)
+    ]
+
+
+def full_module(small: CompactModel) -> nn.Module:
+    """The module at its full widths."""
+    module = small.module
+    return module.model.module if isinstance(module, resize.CompactModule) else module
+
+
+def _call(
+    module: nn.Module, variables: Any, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    @jax.jit
+    def run(variables, *inputs):
+        with cpu.fast_convolutions():
+            return module.apply(variables, *inputs, **apply_kwargs)
+
+    # Constants would be folded into the program.
+    placed = jax.device_put(variables)
+    return lambda: jax.block_until_ready(run(placed, *inputs))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    lines = [
+        ('folder', 'network', 'batch', 'multiply-adds', 'ms', 'quartiles', 'images/s', 'faster'),
+        *(
+            (
+                row.folder,
+                row.network,
+                str(row.batch),
+                f'{row.flops:,.0f}',
+                f'{row.milliseconds:.3f}',
+                f'{row.spread[0]:.3f} – {row.spread[1]:.3f}',
+                f'{1e3 * row.batch / row.milliseconds:,.0f}',
+                f'{row.speedup:.2f}×',
+            )
+            for row in rows
+        ),
+    ]
+    return tables.grid(lines, left=(0, 1))
+
+
+def record(rows: Sequence[Row], threads: int) -> dict[str, Any]:
+    """The rows as JSON, with what they were measured on.
+
+    `of_saving` is the speed-up over what the multiply-adds would make of it.
+    """
+    folders = dict.fromkeys((row.folder, row.batch) for row in rows)
+    full = {key: next(row for row in rows if (row.folder, row.batch) == key) for key in folders}
+    return {
+        'device': jax.devices()[0].device_kind,
+        'threads': threads,
+        'runtime': 'XLA',
+        'versions': {'jax': jax.__version__, 'python': platform.python_version()},
+        'rows': [
+            row._asdict()
+            | {'of_saving': row.speedup * row.flops / full[row.folder, row.batch].flops}
+            for row in rows
+        ],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m jaxkd.benchmark`; returns its exit status."""
+    return command.run(_run, _parse(arguments))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        prog='python -m jaxkd.benchmark',
+        description='Times compact networks beside the full ones that they were cut from: both '
+        'compiled by XLA for the default device, in turns, so that whatever else the machine does '
+        'hurts both alike.',
+        epilog='exit status: 0 done, 1 a network cannot be loaded, 2 a wrong command line',
+    )
+    parser.add_argument(
+        'folders', nargs='+', metavar='DIR', help='a finished run, or what jaxkd.save wrote'
+    )
+    parser.add_argument(
+        '--batch', nargs='+', type=int, default=[1, 64], metavar='N', help='images at a time'
+    )
+    parser.add_argument('--rounds', type=int, default=50, help='turns at most (%(default)s)')
+    parser.add_argument(
+        '--seconds', type=float, default=20.0, help='a network and batch at most (%(default)s)'
+    )
+    parser.add_argument('--threads', type=int, help='cores to use (default: all)')
+    parser.add_argument('--out', type=pathlib.Path, metavar='FILE', help='write JSON, too')
+    command.add_model(parser, required=False)
+    return parser.parse_args(arguments)
+
+
+def _run(flags: argparse.Namespace) -> None:
+    numbers = {'--batch': flags.batch, '--rounds': [flags.rounds], '--threads': [flags.threads]}
+    for flag, values in numbers.items():
+        if any(value is not None and value < 1 for value in values):
+            raise errors.ConfigError(flag, values[0], why='it must be at least 1')
+    cores = sorted(os.sched_getaffinity(0))[: flags.threads]
+    if flags.threads:
+        os.sched_setaffinity(0, cores)  # XLA starts a thread on each core that it may use
+    cpu.hold_memory()
+    device.keep_compiled()
+    model, apply_kwargs = command.model(flags), command.apply(flags)
+    rows: list[Row] = []
+    for folder in flags.folders:
+        within = os.path.join(folder, 'compact')
+        small = saved.load(within if os.path.isdir(within) else folder, model)
+        for batch_size in flags.batch:
+            rows += measure(
+                small,
+                batch_size=batch_size,
+                rounds=flags.rounds,
+                seconds=flags.seconds,
+                folder=folder,
+                **apply_kwargs,
+            )
+    print(table(rows))
+    if flags.out:
+        flags.out.write_text(json.dumps(record(rows, len(cores)), indent=2) + '\n')
+        print(f'wrote {flags.out}')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -551,15 +551,45 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]
     return paths
 
 
+def tried_table(tried: dict[str, Any]) -> list[str]:
+    """Markdown: what was tried for jaxkd's row, beside the same seed as it was."""
+    as_it_was = {row['seed']: row['compact'] for row in tried['rows'] if not row['changed']}
+    lines = [
+        'Tried at half of the multiply-adds with 5,000 images, one seed each',
+        '(`benchmarks/results/tried.json`):',
+        '',
+        '| what | flags | epochs | accuracy, % | beside it as it was |',
+        '| --- | --- | --- | --- | --- |',
+    ]
+    for row in sorted(tried['rows'], key=lambda row: -row['compact']):
+        flags = ' '.join(flag.removeprefix('--config.') for flag in row['changed'])
+        gain = 100 * (row['compact'] - as_it_was[row['seed']])
+        cells = [
+            row['what'],
+            f'`{flags}`' if flags else '',
+            f'{row["epochs"]:g}',
+            f'{100 * row["compact"]:.2f}',
+            f'{gain:+.2f}' if row['changed'] else '',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return [*lines, '']
+
+
 def write_readme(readme: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Puts the table and the pictures between the two marks in a README."""
+    """Puts the tables and the pictures between the two marks in a README."""
     begin, end = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
     text = readme.read_text()
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(f'{readme} needs the lines {begin} and {end}')
     pictures = draw(rows, RESULTS)
     here = [os.path.relpath(path, readme.parent) for path in pictures]
-    lines = [*(f'![accuracy against cost]({path})' for path in here), '', *table(rows)]
+    tried = json.loads((RESULTS / 'tried.json').read_text())
+    lines = [
+        *(f'![accuracy against cost]({path})' for path in here),
+        '',
+        *table(rows),
+        *tried_table(tried),
+    ]
     before, rest = text.split(begin)
     _, after = rest.split(end)
     readme.write_text(f'{before}{begin}\n\n' + '\n'.join([*lines, f'{end}{after}']))

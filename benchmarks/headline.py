@@ -11,16 +11,17 @@ torch and torch-pruning; without it their rows are left out. Fashion-MNIST has t
 the README) in $TFDS_DATA_DIR or its default place.
 
 All methods of a seed see the same images, the same random shifts and flips, batches, optimizer and
-moving average, and altogether as many epochs: those of jaxkd's teacher, search and distillation.
-Accuracies are on the test part, which nothing has seen.
+moving average, and altogether as many epochs: those of jaxkd's teachers, search and distillation.
+The epochs of a second teacher go into training on where there is none. Accuracies are on the test
+part, which nothing has seen.
 
-| method           | the epochs of teacher / search / distillation are spent on                 |
+| method           | the epochs of teachers / search / distillation are spent on                |
 | ---------------- | -------------------------------------------------------------------------- |
-| baseline         | the full network / – / – (the teacher of all)                              |
+| baseline         | the full network once / – / – (the first teacher of all)                   |
 | baseline_long    | the full network, all of them                                              |
-| jaxkd            | the full network / search under the teacher / distillation                 |
+| jaxkd            | the full network, each / search under the teachers / distillation          |
 | uniform          | a network as narrow everywhere, from new weights, all of them              |
-| uniform_kd       | the full network / the narrow one from new weights, taught by it           |
+| uniform_kd       | the full network, each / the narrow one from new weights, taught by them   |
 | l1, fpgm         | the full network / cut at once by this criterion and trained on            |
 | group_taylor     | likewise                                                                   |
 | morphnet         | the full network / gates without a teacher / trained on without one        |
@@ -74,17 +75,27 @@ NONE = 0.001
 
 
 class Recipe(NamedTuple):
-    """How long the stages are, in epochs, and what all methods have in common."""
+    """How long the stages are, in epochs, and what all methods have in common.
+
+    Attributes:
+      teacher: of each teacher.
+      search, distil: of jaxkd.
+      learning_rate: of new weights.
+      teachers: how many teach, where one does.
+      flags: of all.
+    """
 
     teacher: float
     search: float
     distil: float
     learning_rate: float
+    teachers: int = 1
     flags: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
-        return self.teacher + self.search + self.distil
+        """What each method may spend."""
+        return self.teachers * self.teacher + self.search + self.distil
 
 
 def recipe(data: str, labels: int | None) -> Recipe:
@@ -99,18 +110,30 @@ def recipe(data: str, labels: int | None) -> Recipe:
         for field, value in shared.items()
     ]
     flags.append('--config.data.validation=0.02')  # of 60,000; a look at them takes its time, too
-    return Recipe(40, 10, 50, 0.05, tuple(flags))
+    return Recipe(40, 10, 60, 0.05, 2, tuple(flags))
 
 
 # Without a teacher.
 ALONE = ['--config.search.alpha=0.0', '--config.distil.alpha=0.0']
 
 
+def _alone(recipe: Recipe) -> list[str]:
+    """After the search, all epochs that there are: no further teachers are needed."""
+    return [
+        f'--config.distil.epochs={recipe.total - recipe.teacher - recipe.search}',
+        '--config.distil.alpha=0.0',
+    ]
+
+
+def _taught(recipe: Recipe) -> list[str]:
+    return [f'--config.teacher.number={recipe.teachers}'] if recipe.teachers > 1 else []
+
+
 def _at_once(criterion: str) -> Callable[[Recipe], list[str]]:
     return lambda recipe: [
         f'--config.search.method={criterion}',
         f'--config.search.epochs={NONE}',
-        f'--config.distil.epochs={recipe.search + recipe.distil}',
+        f'--config.distil.epochs={recipe.total - recipe.teacher}',
         *ALONE,
     ]
 
@@ -130,16 +153,20 @@ def _uniform(recipe: Recipe, epochs: float) -> list[str]:
 
 # What a method changes of jaxkd's run; and of the full network's.
 CUT: dict[str, Callable[[Recipe], list[str]]] = {
-    'jaxkd': lambda recipe: [],
+    'jaxkd': lambda recipe: _taught(recipe),
     'uniform': lambda recipe: [*_uniform(recipe, recipe.total), *ALONE],
-    'uniform_kd': lambda recipe: _uniform(recipe, recipe.search + recipe.distil),
+    'uniform_kd': lambda recipe: [
+        *_uniform(recipe, recipe.search + recipe.distil),
+        *_taught(recipe),
+    ],
     'l1': _at_once('l1'),
     'fpgm': _at_once('fpgm'),
     'group_taylor': _at_once('group_taylor'),
-    'morphnet': lambda recipe: ['--config.search.method=morphnet', '--config.distil.alpha=0.0'],
+    'morphnet': lambda recipe: ['--config.search.method=morphnet', *_alone(recipe)],
     'scratch': lambda recipe: [
         *_from_new_weights(recipe, recipe.total),
         '--config.distil.alpha=0.0',
+        *_taught(recipe),  # the search that the structure is from
     ],
 }
 FULL = {
@@ -204,7 +231,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
             return
         row = one(task)
         with lock:
-            report['rows'].append(row)
+            report['rows'] = [old for old in report['rows'] if _key(old) != _key(row)] + [row]
             report['command'] = about['command']
             machine.write_report(arguments.out, report)
             print(json.dumps(row), flush=True)
@@ -225,8 +252,8 @@ def waves(arguments: argparse.Namespace) -> Iterator[list[Task]]:
     def tasks(names: Sequence[str], budgets: Sequence[str]) -> list[Task]:
         return [
             Task(name, budget, seed)
-            for seed in seeds
             for budget in budgets
+            for seed in seeds
             for name in names
             if name in methods
         ]
@@ -284,21 +311,25 @@ def flags_of(arguments: argparse.Namespace, task: Task, how: Recipe) -> list[str
     flags += [f'--config.teacher.learning_rate={how.learning_rate}', *how.flags]
     flags.append(f'--config.seed={task.seed}')
     if task.method in FULL:
-        return flags + FULL[task.method](how)
+        later = ('--config.search.', '--config.distil.')
+        return [flag for flag in flags if not flag.startswith(later)] + FULL[task.method](how)
     budget = {'flops': '1.0'} | task.shares()
     flags += [f'--config.budget.{resource}={share}' for resource, share in budget.items()]
-    return flags + CUT.get(task.method, lambda how: [])(how)
+    return flags + CUT.get(task.method, _alone)(how)
 
 
 def share(runs: pathlib.Path, task: Task) -> None:
-    """Gives a run the teacher of its seed, and the search that its structure is from."""
+    """Gives a run the teachers of its seed, and the search that its structure is from."""
     if task.method not in CUT:
         return
-    given = {'teacher': task._replace(method='baseline', budget='')}
+    given = {'teacher': runs / task._replace(method='baseline', budget='').name()}
+    for path in sorted(runs.glob(f'jaxkd-*-{task.seed}/teacher[2-9]')):
+        if (path / 'result').exists():
+            given[path.name] = path.parent
     if task.method == 'scratch':
-        given['search'] = task._replace(method='jaxkd')
-    for stage, other in given.items():
-        source, target = runs / other.name() / stage, runs / task.name() / stage
+        given['search'] = runs / task._replace(method='jaxkd').name()
+    for stage, folder in given.items():
+        source, target = folder / stage, runs / task.name() / stage
         if source.exists() and not target.exists():
             shutil.copytree(source, target)
 
@@ -411,11 +442,13 @@ def _words(arguments: argparse.Namespace) -> str:
     return f'{arguments.network}-{arguments.data}-{arguments.labels or "all"}'
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ('network', 'data', 'labels', 'method', 'budget', 'seed'))
+
+
 def _same(row: dict[str, Any], arguments: argparse.Namespace, task: Task) -> bool:
     """Whether a row is that of a task, made as it would be made now."""
-    here = (arguments.network, arguments.data, arguments.labels, *task)
-    keys = ('network', 'data', 'labels', 'method', 'budget', 'seed')
-    if tuple(row[key] for key in keys) != here:
+    if _key(row) != (arguments.network, arguments.data, arguments.labels, *task):
         return False
     return row['flags'] == flags_of(arguments, task, recipe(arguments.data, arguments.labels))
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -63,6 +64,9 @@ def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
     monkeypatch.setattr(headline, 'RESULTS', tmp_path)
     readme = tmp_path / 'README.md'
     marks = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
+    first = {'what': 'as it is', 'seed': 0, 'compact': 0.9, 'epochs': 100, 'changed': []}
+    then = first | {'what': 'more', 'compact': 0.91, 'changed': ['--config.a=1', '--config.b=2']}
+    (tmp_path / 'tried.json').write_text(json.dumps({'rows': [first, then]}))
     readme.write_text(f'before\n{marks[0]}\nold\n{marks[1]}\nafter\n')
     for _ in range(2):  # what is there is replaced
         headline.write_readme(readme, ROWS)
@@ -72,6 +76,7 @@ def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
         text.count('| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 77 | 3 |')
         == 1
     )
+    assert '| more | `a=1 b=2` | 100 | 91.00 | +1.00 |\n| as it is |  | 100 | 90.00 |  |' in text
     assert (tmp_path / 'headline-mobilenet_v2-digits-all.svg').exists()
     readme.write_text('no marks')
     with pytest.raises(SystemExit, match='needs the lines'):
@@ -101,9 +106,31 @@ def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path):
         known = row(*task[::2], 0.9, task.budget, flags=flags)
         assert headline._same(known, arguments, task)
         assert not headline._same(known | {'flags': flags[1:]}, arguments, task)
-    # All of a seed begin with the baseline's teacher.
+    # All of a seed begin with the baseline's teacher, and with the others that there are.
     task = headline.Task('scratch', 'flops:0.5', 0)
-    for folder in ('baseline-0/teacher', 'jaxkd-flops_0_5-0/search'):
+    folders = [f'jaxkd-flops_0_5-0/{stage}' for stage in ('search', 'teacher2', 'teacher3')]
+    for folder in ('baseline-0/teacher', 'jaxkd-flops_0_5-1/teacher4', *folders):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / 'jaxkd-flops_0_5-0/teacher2/result').mkdir()
+    (tmp_path / 'jaxkd-flops_0_5-1/teacher4/result').mkdir()  # of another seed
     headline.share(tmp_path, task)
-    assert {path.name for path in (tmp_path / task.name()).iterdir()} == {'teacher', 'search'}
+    shared = {path.name for path in (tmp_path / task.name()).iterdir()}
+    assert shared == {'teacher', 'teacher2', 'search'}
+
+
+@pytest.mark.parametrize(('data', 'labels'), [('digits', None), ('fashion_mnist', 5000)])
+def test_all_methods_train_as_long(headline, data, labels):
+    arguments = argparse.Namespace(network='mobilenet_v2', data=data, labels=labels)
+    how = headline.recipe(data, labels)
+    for method in headline.METHODS:
+        if method == 'baseline':
+            continue
+        flags = headline.flags_of(arguments, headline.Task(method, 'flops:0.5', 0), how)
+        fields = dict(flag.removeprefix('--config.').split('=', 1) for flag in flags)
+        teacher, search, distil = (
+            float(fields.get(f'{stage}.epochs', 0)) for stage in ('teacher', 'search', 'distil')
+        )
+        spent = int(fields.get('teacher.number', 1)) * teacher + search + distil
+        if fields.get('distil.init') == 'scratch' and method != 'uniform_kd':
+            spent = distil  # the others have made the structure, or nothing
+        assert spent == pytest.approx(how.total, abs=2 * headline.NONE), method

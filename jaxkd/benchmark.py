@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 import functools
-import inspect
+from importlib import metadata
+import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import command, cpu, device, errors, saved
-from jaxkd.graph import latency, resize
+from jaxkd import command, cpu, device, errors, export, saved
+from jaxkd.graph import latency, structure
 from jaxkd.graph import table as tables
 from jaxkd.graph.structure import CompactModel
 
@@ -31,15 +30,17 @@ class Row(NamedTuple):
     Attributes:
       folder: where it is from.
       network: 'full' or 'compact'.
+      runtime: what ran it.
       batch: images at a time.
       flops: multiply-adds of one image.
       milliseconds: of a batch, the median.
       spread: its first and third quartile.
-      speedup: how often faster than the full network in its turns: the median of the ratios.
+      speedup: how much faster than the full network in the same turns: the median of the ratios.
     """
 
     folder: str
     network: str
+    runtime: str
     batch: int
     flops: float
     milliseconds: float
@@ -56,10 +57,11 @@ def measure(
     folder: str = '',
     **apply_kwargs: Any,
 ) -> list[Row]:
-    """Times the full network and the compact one, in turns, on JAX's default device.
+    """Times the full network and the compact one, in turns.
 
-    Weights of the full network and inputs are random: they change no time. On a CPU, convolutions
-    run in the form that is fast there.
+    By XLA on JAX's default device, and by ONNX Runtime on the CPU where that is installed. Weights
+    of the full network and inputs are random: they change no time. On a CPU, XLA runs convolutions
+    in the form that is fast there.
 
     Args:
       small: the compact network, with the shapes of its inputs.
@@ -72,68 +74,90 @@ def measure(
 
     Raises:
       ConfigError: for a network that cannot be called so.
+      ExportError: for one that cannot be written as ONNX.
     """
-    full = full_module(small)
-    if 'train' in inspect.signature(full.__call__).parameters:
-        apply_kwargs = {'train': False, **apply_kwargs}
-    random = np.random.default_rng(0)
-    inputs = [
-        jnp.asarray(random.random((batch_size, *spec['shape'][1:])), spec['dtype'])
-        for spec in small.structure.inputs
-    ]
+    module = structure.full_module(small.module)
+    apply_kwargs = command.at_inference(module, apply_kwargs)
+    inputs = export.random_inputs(small, batch_size)
     try:
-        init = jax.jit(functools.partial(full.init, **apply_kwargs))
+        init = jax.jit(functools.partial(module.init, **apply_kwargs))
         variables = init(jax.random.key(0), *inputs)
     except Exception as error:
-        why = f'{type(full).__name__} cannot be called with them: {command.words(error)}'
+        why = f'{type(module).__name__} cannot be called with them: {command.words(error)}'
         raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
-    calls = [
-        _call(full, variables, inputs, apply_kwargs),
-        _call(small.module, small.variables, inputs, apply_kwargs),
-    ]
-    taken = latency.take_turns(calls, rounds, seconds)
-    costs = (small.structure.full, small.structure.compact)
+    networks = {'full': CompactModel(module, variables, small.structure), 'compact': small}
+    costs = {'full': small.structure.full, 'compact': small.structure.compact}
+    calls = {
+        (runtime, name): call(network, inputs, apply_kwargs)
+        for runtime, call in RUNTIMES.items()
+        if runtime != ONNX or export.has_onnx()
+        for name, network in networks.items()
+    }
+    taken = dict(zip(calls, latency.take_turns([*calls.values()], rounds, seconds), strict=True))
     return [
         Row(
             folder,
-            network,
+            name,
+            runtime,
             batch_size,
-            cost['flops'],
+            costs[name]['flops'],
             1e3 * statistics.median(times),
             tuple(1e3 * float(q) for q in np.quantile(times, (0.25, 0.75))),
-            statistics.median(first / own for first, own in zip(taken[0], times, strict=True)),
+            statistics.median(
+                first / own for first, own in zip(taken[runtime, 'full'], times, strict=True)
+            ),
         )
-        for network, cost, times in zip(('full', 'compact'), costs, taken, strict=True)
+        for (runtime, name), times in taken.items()
     ]
 
 
-def full_module(small: CompactModel) -> nn.Module:
-    """The module at its full widths."""
-    module = small.module
-    return module.model.module if isinstance(module, resize.CompactModule) else module
-
-
-def _call(
-    module: nn.Module, variables: Any, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
+def _xla(
+    network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
     @jax.jit
     def run(variables, *inputs):
         with cpu.fast_convolutions():
-            return module.apply(variables, *inputs, **apply_kwargs)
+            return network.module.apply(variables, *inputs, **apply_kwargs)
 
-    # Constants would be folded into the program.
-    placed = jax.device_put(variables)
+    # As arguments: constants would be folded into the program.
+    placed = jax.device_put(network.variables)
     return lambda: jax.block_until_ready(run(placed, *inputs))
+
+
+def _onnx(
+    network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'network.onnx')
+        export.onnx(network, path, **apply_kwargs)
+        call = export.onnx_function(path)
+    arrays = [np.asarray(array) for array in inputs]
+    return lambda: call(*arrays)
+
+
+ONNX = 'ONNX Runtime'
+RUNTIMES = {'XLA': _xla, ONNX: _onnx}
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     lines = [
-        ('folder', 'network', 'batch', 'multiply-adds', 'ms', 'quartiles', 'images/s', 'faster'),
+        (
+            'folder',
+            'network',
+            'runtime',
+            'batch',
+            'multiply-adds',
+            'ms',
+            'quartiles',
+            'images/s',
+            'faster',
+        ),
         *(
             (
                 row.folder,
                 row.network,
+                row.runtime,
                 str(row.batch),
                 f'{row.flops:,.0f}',
                 f'{row.milliseconds:.3f}',
@@ -144,7 +168,7 @@ def table(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    return tables.grid(lines, left=(0, 1))
+    return tables.grid(lines, left=(0, 1, 2))
 
 
 def record(rows: Sequence[Row], threads: int) -> dict[str, Any]:
@@ -152,16 +176,17 @@ def record(rows: Sequence[Row], threads: int) -> dict[str, Any]:
 
     `of_saving` is the speed-up over what the multiply-adds would make of it.
     """
-    folders = dict.fromkeys((row.folder, row.batch) for row in rows)
-    full = {key: next(row for row in rows if (row.folder, row.batch) == key) for key in folders}
+    full = {row.folder: row.flops for row in rows if row.network == 'full'}
     return {
         'device': jax.devices()[0].device_kind,
         'threads': threads,
-        'runtime': 'XLA',
-        'versions': {'jax': jax.__version__, 'python': platform.python_version()},
+        'versions': {
+            package: metadata.version(package)
+            for package in ('jax', 'flax', 'onnxruntime')
+            if importlib.util.find_spec(package)
+        },
         'rows': [
-            row._asdict()
-            | {'of_saving': row.speedup * row.flops / full[row.folder, row.batch].flops}
+            row._asdict() | {'of_saving': row.speedup * row.flops / full[row.folder]}
             for row in rows
         ],
     }
@@ -175,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
         prog='python -m jaxkd.benchmark',
-        description='Times compact networks beside the full ones that they were cut from: both '
-        'compiled by XLA for the default device, in turns, so that whatever else the machine does '
-        'hurts both alike.',
+        description='Times compact networks beside the full ones that they were cut from: by XLA '
+        'on the default device, and by ONNX Runtime on the CPU where that is installed; in turns, '
+        'so that whatever else the machine does hurts all alike.',
         epilog='exit status: 0 done, 1 a network cannot be loaded, 2 a wrong command line',
     )
     parser.add_argument(
@@ -209,8 +234,7 @@ def _run(flags: argparse.Namespace) -> None:
     model, apply_kwargs = command.model(flags), command.apply(flags)
     rows: list[Row] = []
     for folder in flags.folders:
-        within = os.path.join(folder, 'compact')
-        small = saved.load(within if os.path.isdir(within) else folder, model)
+        small = saved.load(saved.within(folder), model)
         for batch_size in flags.batch:
             rows += measure(
                 small,

@@ -6,6 +6,7 @@ import argparse
 import ast
 from collections.abc import Callable, Mapping
 import importlib
+import inspect
 import operator
 import os
 import sys
@@ -56,6 +57,12 @@ def model(flags: argparse.Namespace) -> nn.Module | None:
 def apply(flags: argparse.Namespace) -> dict[str, Any]:
     """Further arguments of the model."""
     return literal('--apply', flags.apply, dict, "{'train': False}")
+
+
+def at_inference(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with `train=False` where the module has such an argument and it isn't given."""
+    trains = 'train' in inspect.signature(model.__call__).parameters
+    return {'train': False, **given} if trains else dict(given)
 
 
 def make_model(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -82,6 +82,23 @@ class CheckpointError(JaxkdError):
         return f'{os.fspath(self.path)}: {self.what}'
 
 
+class ExportError(JaxkdError):
+    """A network that cannot be written in a format.
+
+    Args:
+      format: such as `'onnx'`.
+      why: what stands in the way.
+    """
+
+    def __init__(self, format: str, why: str):
+        super().__init__(format, why)
+        self.format = format
+        self.why = why
+
+    def __str__(self) -> str:
+        return f'{self.format}: {self.why}'
+
+
 class TrainingError(JaxkdError):
     """A training that cannot go on, such as one whose loss is no number; says where its last good
     state lies."""

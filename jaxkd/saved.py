@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 import os
+import pathlib
 from typing import Any
 
 from flax import linen as nn
 import jax
+from jax import export
 import numpy as np
 
 from jaxkd import checkpoint, errors, models
@@ -28,21 +31,26 @@ def save(path: str | os.PathLike, small: CompactModel) -> None:
     checkpoint.write(path, plain(small.variables), metadata)
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactModel:
-    """Reads a compact model that `save` wrote.
+def load(
+    path: str | os.PathLike, model: nn.Module | None = None
+) -> CompactModel | Callable[..., Any]:
+    """Reads a compact model that `save` wrote, or the StableHLO that `jaxkd.export` wrote.
 
     Args:
-      path: the directory.
+      path: the directory, or the file.
       model: the full-width module. Needed for models outside of `jaxkd.models`: a file never
         causes an import.
 
     Returns:
-      The compact model; its variables are numpy arrays.
+      The compact model; its variables are numpy arrays. Of StableHLO, which has no structure, a
+      function of the network's inputs, with any batch size.
 
     Raises:
       CheckpointError: for a path that holds no compact model, a damaged one (naming the leaf), or
         one whose model has to be handed in.
     """
+    if os.path.isfile(path):
+        return _program(path)
     tree, metadata = checkpoint.read(path)
     if metadata.get('kind') != _KIND:
         raise errors.CheckpointError(path, 'holds no compact model; jaxkd.save writes them')
@@ -55,6 +63,20 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> CompactMode
         why = f'its structure is none that jaxkd.save writes ({type(error).__name__}: {error})'
         raise errors.CheckpointError(path, why) from error
     return CompactModel(module, jax.tree.map(np.asarray, tree), found)
+
+
+def _program(path: str | os.PathLike) -> Callable[..., Any]:
+    try:
+        return export.deserialize(bytearray(pathlib.Path(path).read_bytes())).call
+    except Exception as error:  # a parser of bytes may raise anything over other bytes
+        why = f'holds no StableHLO that jaxkd.export wrote ({type(error).__name__})'
+        raise errors.CheckpointError(path, why) from error
+
+
+def within(folder: str) -> str:
+    """Where in a folder the compact model lies: that of a finished run has it in `compact`."""
+    inside = os.path.join(folder, 'compact')
+    return inside if os.path.isdir(inside) else folder
 
 
 def _registered(path: str | os.PathLike, found: Structure) -> nn.Module:

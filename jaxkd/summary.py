@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-import inspect
 import operator
 import pathlib
 import re
@@ -143,8 +142,7 @@ def trace(
     Raises:
       GraphError: where the module cannot be called so.
     """
-    if 'train' in inspect.signature(model.__call__).parameters:
-        apply = {'train': False, **apply}
+    apply = command.at_inference(model, apply)
     called = {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}
     try:
         variables = jax.eval_shape(

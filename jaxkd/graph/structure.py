@@ -139,10 +139,9 @@ def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Str
     model, full_widths = graph.model, widths(graph.variables)
     if isinstance(model, resize.CompactModule):  # a compact network cut further
         full_widths = {layer: dict(shapes) for layer, shapes in model.full_widths.items()}
-        model = model.model.module
     resources = (*graph.resources, 'peak_activations')
     return Structure(
-        model=describe(model),
+        model=describe(full_module(model)),
         groups={
             name: {'size': len(number), 'kept': np.repeat(np.arange(len(number)), number).tolist()}
             for name, number in copies.items()
@@ -175,6 +174,11 @@ def composed(first: Structure, then: Structure) -> Structure:
 
 def module(model: nn.Module, structure: Structure) -> nn.Module:
     """The model, or the model of a compact one, at the structure's widths."""
-    if isinstance(model, resize.CompactModule):
-        model = model.model.module
-    return resize.CompactModule(resize.Unbound(model), structure.widths, structure.full_widths)
+    return resize.CompactModule(
+        resize.Unbound(full_module(model)), structure.widths, structure.full_widths
+    )
+
+
+def full_module(model: nn.Module) -> nn.Module:
+    """What a compact network's module was at its full widths; of any other, the module itself."""
+    return model.model.module if isinstance(model, resize.CompactModule) else model

@@ -1,0 +1,54 @@
+"""Compact networks on disk, for what works with them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxkd
+from jaxkd import models
+
+MODULE = """
+from flax import linen as nn
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, deterministic):
+        x = nn.relu(nn.Conv(64, (3, 3), name='first')(image))
+        x = nn.relu(nn.Conv(64, (3, 3), name='second')(x))
+        return nn.Dense(5, name='head')(x.mean((1, 2)))
+"""
+
+
+@pytest.fixture(scope='session')
+def saved_networks(tmp_path_factory):
+    """What jaxkd.save wrote: `own`, of a model that jaxkd doesn't know, and `known`."""
+    folder = tmp_path_factory.mktemp('saved')
+    (folder / 'own_net.py').write_text(MODULE)
+    image = np.zeros((2, 32, 32, 3), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        import own_net
+    for name, model, flags in (
+        ('own', own_net.Net(), {'deterministic': True}),
+        ('known', models.create('resnet20', num_classes=3), {'train': False}),
+    ):
+        init = jax.jit(functools.partial(model.init, **flags))
+        variables = init(jax.random.key(0), image)
+        small = jaxkd.prune(model, variables, image, flops=0.3, criterion='l1', **flags)
+        jaxkd.save(folder / name, small)
+    return folder, own_net.Net()
+
+
+@pytest.fixture
+def folder(saved_networks, monkeypatch):
+    monkeypatch.chdir(saved_networks[0])
+    return saved_networks[0]
+
+
+@pytest.fixture
+def own_model(saved_networks):
+    """That of `own`, at full width."""
+    return saved_networks[1]

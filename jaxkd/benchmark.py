@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import numpy as np
@@ -59,8 +60,9 @@ def measure(
 ) -> list[Row]:
     """Times the full network and the compact one, in turns.
 
-    By XLA on JAX's default device, and by ONNX Runtime on the CPU where that is installed. Weights
-    of the full network and inputs are random: they change no time. On a CPU, XLA runs convolutions
+    By XLA on JAX's default device, and by ONNX Runtime on the CPU where that is installed and the
+    network can be written for it. Weights of the full network and inputs are random: they change no
+    time. On a CPU, XLA runs convolutions
     in the form that is fast there.
 
     Args:
@@ -74,7 +76,6 @@ def measure(
 
     Raises:
       ConfigError: for a network that cannot be called so.
-      ExportError: for one that cannot be written as ONNX.
     """
     module = structure.full_module(small.module)
     apply_kwargs = command.at_inference(module, apply_kwargs)
@@ -87,12 +88,19 @@ def measure(
         raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
     networks = {'full': CompactModel(module, variables, small.structure), 'compact': small}
     costs = {'full': small.structure.full, 'compact': small.structure.compact}
-    calls = {
-        (runtime, name): call(network, inputs, apply_kwargs)
-        for runtime, call in RUNTIMES.items()
-        if runtime != ONNX or export.has_onnx()
-        for name, network in networks.items()
-    }
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for runtime, call in RUNTIMES.items():
+        if runtime == ONNX and not export.has_onnx():
+            continue
+        try:
+            ready = {
+                (runtime, name): call(network, inputs, apply_kwargs)
+                for name, network in networks.items()
+            }
+        except errors.ExportError as error:
+            warnings.warn(f'{runtime} is left out: {error}', stacklevel=2)
+        else:
+            calls |= ready
     taken = dict(zip(calls, latency.take_turns([*calls.values()], rounds, seconds), strict=True))
     return [
         Row(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import jaxkd
-from jaxkd import benchmark
+from jaxkd import benchmark, export
 
 
 def test_both_networks_are_timed(folder, capsys):
@@ -38,6 +38,17 @@ def test_own_model(folder, own_model):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'compact' in done.stdout
+
+
+def test_a_network_without_onnx_is_timed_by_xla(folder, monkeypatch):
+    def refused(*args, **kwargs):
+        raise jaxkd.ExportError('onnx', 'no such operation')
+
+    monkeypatch.setattr(export, 'has_onnx', lambda: True)
+    monkeypatch.setattr(export, 'onnx', refused)
+    with pytest.warns(UserWarning, match='ONNX Runtime is left out: onnx: no such operation'):
+        rows = benchmark.measure(jaxkd.load('known'), rounds=1)
+    assert [(row.network, row.runtime) for row in rows] == [('full', 'XLA'), ('compact', 'XLA')]
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,13 @@ def half(graph, seed=0):
 
 
 def assert_same(a, b, tolerance=1e-5):
-    """Equal trees, to `tolerance` of the largest value of each leaf, or of 0.001."""
+    """Equal trees, to `tolerance` of the largest value of each leaf."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         assert x.shape == y.shape
         assert np.isfinite(x).all()
-        # What is far below the other leaves, such as the bias before a norm, is rounding alone.
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(x).max(initial=1e-3))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(x).max(initial=1e-6))
 
 
 def assert_compact_is_masked(model, variables, keep, *inputs, **kwargs):

@@ -153,7 +153,7 @@ def _uniform(recipe: Recipe, epochs: float) -> list[str]:
 
 # What a method changes of jaxkd's run; and of the full network's.
 CUT: dict[str, Callable[[Recipe], list[str]]] = {
-    'jaxkd': lambda recipe: _taught(recipe),
+    'jaxkd': _taught,
     'uniform': lambda recipe: [*_uniform(recipe, recipe.total), *ALONE],
     'uniform_kd': lambda recipe: [
         *_uniform(recipe, recipe.search + recipe.distil),

@@ -62,8 +62,7 @@ def measure(
 
     By XLA on JAX's default device, and by ONNX Runtime on the CPU where that is installed and the
     network can be written for it. Weights of the full network and inputs are random: they change no
-    time. On a CPU, XLA runs convolutions
-    in the form that is fast there.
+    time. On a CPU, XLA runs convolutions in the form that is fast there.
 
     Args:
       small: the compact network, with the shapes of its inputs.
@@ -122,11 +121,7 @@ def measure(
 def _xla(
     network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
-    @jax.jit
-    def run(variables, *inputs):
-        with cpu.fast_convolutions():
-            return network.module.apply(variables, *inputs, **apply_kwargs)
-
+    run = jax.jit(export.network(network, apply_kwargs, cpu.fast_convolutions))
     # As arguments: constants would be folded into the program.
     placed = jax.device_put(network.variables)
     return lambda: jax.block_until_ready(run(placed, *inputs))

@@ -63,8 +63,8 @@ def stablehlo(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any)
     Raises:
       ExportError: where the network cannot be written, or the file computes something else.
     """
-    run = _network(small, apply_kwargs)
-    fast = _network(small, apply_kwargs, cpu.fast_convolutions)
+    run = network(small, apply_kwargs)
+    fast = network(small, apply_kwargs, cpu.fast_convolutions)
     scope = export.SymbolicScope()
 
     def symbolic(spec: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
@@ -90,7 +90,7 @@ def onnx(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any) -> E
         raise errors.ExportError('onnx', "it needs `pip install 'jaxkd[export]'`")
     import jax2onnx
 
-    run = _network(small, apply_kwargs)
+    run = network(small, apply_kwargs)
     inputs = [
         jax.ShapeDtypeStruct(('batch', *spec['shape'][1:]), spec['dtype'])
         for spec in small.structure.inputs
@@ -142,11 +142,12 @@ def random_inputs(small: CompactModel, batch_size: int) -> list[jax.Array]:
     ]
 
 
-def _network(
+def network(
     small: CompactModel,
     apply_kwargs: Mapping[str, Any],
     within: Callable[[], Any] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
+    """The network as a function of its variables and inputs, traced `within` a context."""
     kwargs = command.at_inference(structure.full_module(small.module), apply_kwargs)
 
     def run(variables, *inputs):
@@ -162,8 +163,8 @@ def _failing(name: str, small: CompactModel) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        network = type(structure.full_module(small.module)).__name__
-        raise errors.ExportError(name, f'{network}: {command.words(error)}') from error
+        full = type(structure.full_module(small.module)).__name__
+        raise errors.ExportError(name, f'{full}: {command.words(error)}') from error
 
 
 def _compared(

@@ -50,6 +50,7 @@ class ConvNeXt(nn.Module):
         drop_path_rate: how often an example goes without a block's residual branch, in training
             (stochastic depth, https://arxiv.org/abs/1603.09382): the last block's rate, rising
             evenly from none at the first.
+        norm_epsilon: added to the variance by the last LayerNorm; elsewhere it is 1e-6.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -59,6 +60,7 @@ class ConvNeXt(nn.Module):
     stem_stride: int = 4
     strides: Sequence[int] = (2, 2, 2)
     drop_path_rate: float = 0.1
+    norm_epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -81,7 +83,7 @@ class ConvNeXt(nn.Module):
                 rate = self.drop_path_rate * index / last
                 x = Block(rate, dtype=self.dtype, name=f'block{index}')(x, train)
                 index += 1
-        x = norm(name='norm')(jnp.mean(x, axis=(1, 2)))
+        x = norm(epsilon=self.norm_epsilon, name='norm')(jnp.mean(x, axis=(1, 2)))
         return Dense(self.num_classes, dtype=self.dtype, name='classifier')(x)
 
 

@@ -51,6 +51,9 @@ class EfficientNet(nn.Module):
             (stochastic depth, https://arxiv.org/abs/1603.09382): the rate that the last block
             would have, rising evenly from none at the first.
         bn_momentum: decay of the running BatchNorm statistics.
+        bn_epsilon: added to the variance.
+        padding: of the convolutions, as `nn.Conv` takes it; by default half the window on each
+            side. 'SAME' is TensorFlow's, less at the top and left of strided ones.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -62,6 +65,8 @@ class EfficientNet(nn.Module):
     dropout_rate: float = 0.2
     drop_path_rate: float = 0.2
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-3
+    padding: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -70,7 +75,8 @@ class EfficientNet(nn.Module):
         common = {
             'activation': nn.silu,
             'bn_momentum': self.bn_momentum,
-            'bn_epsilon': 1e-3,
+            'bn_epsilon': self.bn_epsilon,
+            'padding': self.padding,
             'dtype': self.dtype,
         }
         channels = round_channels(32 * self.width)

@@ -28,6 +28,8 @@ class InvertedResidual(nn.Module):
         drop_path_rate: how often an example goes without the residual branch, in training.
         bn_momentum: decay of the running BatchNorm statistics.
         bn_epsilon: added to the variance.
+        padding: of the convolutions, as `nn.Conv` takes it; by default half the window on each
+            side. 'SAME' is TensorFlow's, less at the top and left of strided ones.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -41,6 +43,7 @@ class InvertedResidual(nn.Module):
     drop_path_rate: float = 0.0
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
+    padding: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -50,6 +53,7 @@ class InvertedResidual(nn.Module):
             activation=self.activation,
             bn_momentum=self.bn_momentum,
             bn_epsilon=self.bn_epsilon,
+            padding=self.padding,
             dtype=self.dtype,
         )
         y = x
@@ -78,6 +82,9 @@ class MobileNetV2(nn.Module):
             stem of stride 2, divide the image's sides by 32.
         dropout_rate: dropout before the last layer, in training.
         bn_momentum: decay of the running BatchNorm statistics.
+        bn_epsilon: added to the variance.
+        padding: of the convolutions, as `nn.Conv` takes it; by default half the window on each
+            side. 'SAME' is TensorFlow's, less at the top and left of strided ones.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -87,12 +94,19 @@ class MobileNetV2(nn.Module):
     strides: Sequence[int] = (1, 2, 2, 2, 1, 2, 1)
     dropout_rate: float = 0.0
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+    padding: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images, float [batch, height, width, channels], to logits [batch, num_classes]."""
-        common = {'bn_momentum': self.bn_momentum, 'dtype': self.dtype}
+        common = {
+            'bn_momentum': self.bn_momentum,
+            'bn_epsilon': self.bn_epsilon,
+            'padding': self.padding,
+            'dtype': self.dtype,
+        }
         conv_bn = functools.partial(ConvBN, activation=nn.relu6, **common)
         channels = round_channels(32 * self.width)
         x = conv_bn(channels, 3, self.stem_stride, name='stem')(x, train)

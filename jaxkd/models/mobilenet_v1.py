@@ -23,7 +23,11 @@ class MobileNetV1(nn.Module):
         strides: stride of the first block of each of the five stages. The paper's values, with a
             stem of stride 2, divide the image's sides by 32.
         dropout_rate: dropout before the last layer, in training.
+        activation: of all layers but the last, by its name in `flax.linen`.
         bn_momentum: decay of the running BatchNorm statistics.
+        bn_epsilon: added to the variance.
+        padding: of the convolutions, as `nn.Conv` takes it; by default half the window on each
+            side. 'SAME' is TensorFlow's, less at the top and left of strided ones.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -32,13 +36,23 @@ class MobileNetV1(nn.Module):
     stem_stride: int = 2
     strides: Sequence[int] = (1, 2, 2, 2, 2)
     dropout_rate: float = 0.0
+    activation: str = 'relu'
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+    padding: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images, float [batch, height, width, channels], to logits [batch, num_classes]."""
-        conv_bn = functools.partial(ConvBN, bn_momentum=self.bn_momentum, dtype=self.dtype)
+        conv_bn = functools.partial(
+            ConvBN,
+            activation=getattr(nn, self.activation),
+            bn_momentum=self.bn_momentum,
+            bn_epsilon=self.bn_epsilon,
+            padding=self.padding,
+            dtype=self.dtype,
+        )
         x = conv_bn(round_channels(32 * self.width), 3, self.stem_stride, name='stem')(x, train)
         index = 0
         for (channels, repeats), stage_stride in zip(STAGES, self.strides, strict=True):

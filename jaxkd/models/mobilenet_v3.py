@@ -60,6 +60,9 @@ class MobileNetV3(nn.Module):
         stem_stride: stride of the first convolution.
         dropout_rate: dropout before the last layer, in training.
         bn_momentum: decay of the running BatchNorm statistics.
+        bn_epsilon: added to the variance.
+        padding: of the convolutions, as `nn.Conv` takes it; by default half the window on each
+            side. 'SAME' is TensorFlow's, less at the top and left of strided ones.
         dtype: dtype of the computation; parameters are float32.
     """
 
@@ -71,12 +74,19 @@ class MobileNetV3(nn.Module):
     stem_stride: int = 2
     dropout_rate: float = 0.2
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-3
+    padding: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images, float [batch, height, width, channels], to logits [batch, num_classes]."""
-        common = {'bn_momentum': self.bn_momentum, 'bn_epsilon': 1e-3, 'dtype': self.dtype}
+        common = {
+            'bn_momentum': self.bn_momentum,
+            'bn_epsilon': self.bn_epsilon,
+            'padding': self.padding,
+            'dtype': self.dtype,
+        }
         conv_bn = functools.partial(ConvBN, activation=nn.hard_swish, **common)
         channels = round_channels(16 * self.width)
         x = conv_bn(channels, 3, self.stem_stride, name='stem')(x, train)

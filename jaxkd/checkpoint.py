@@ -18,7 +18,7 @@ process writes has to wait for it by other means; `jaxkd.hosts.at_first` reads a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import concurrent.futures
 import hashlib
 import json
@@ -112,6 +112,38 @@ def read(path: str | os.PathLike) -> tuple[dict, dict]:
     for name, entry in leaves.items():
         _insert(tree, name, _checked(path, stored, name, entry), decode=True)
     return tree, manifest['metadata']
+
+
+def read_plain(path: str | os.PathLike, collections: Collection[str]) -> dict:
+    """Reads entries of a tree that orbax alone wrote, without anything to check them against.
+
+    Args:
+      path: what StandardCheckpointer or PyTreeCheckpointer wrote, or a step of a CheckpointManager.
+      collections: names of the entries at the top of the tree; the others are not read.
+
+    Returns:
+      Nested dict of the entries that there are, with numpy arrays.
+
+    Raises:
+      CheckpointError: there is no such directory, or it cannot be read.
+    """
+    path = _absolute(path)
+    inside = path / 'default'  # where a manager keeps its only item
+    path = inside if inside.is_dir() else path
+    _quiet()
+    options = _this_process()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            wanted = {name: tree[name] for name in collections if name in tree}
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(wanted, restore_args=numpy, partial_restore=True)
+            return checkpointer.restore(path, args)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(path, f'orbax cannot read it: {_brief(error)}') from error
 
 
 def to_tree(pytree: Any) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -21,7 +22,7 @@ from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import command, cpu, errors, saved
+from jaxkd import command, convert, cpu, errors, saved
 from jaxkd.graph import structure
 from jaxkd.graph.structure import CompactModel
 
@@ -130,7 +131,38 @@ def onnx_function(path: str | os.PathLike) -> Callable[..., Any]:
     return call
 
 
-FORMATS: dict[str, Callable[..., Exported]] = {'stablehlo': stablehlo, 'onnx': onnx}
+def safetensors(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any) -> Exported:
+    """Writes the weights with PyTorch's names and layouts, and beside them the widths as JSON.
+
+    What `convert.describe` says stands in the file's metadata, too. Here it is read back into the
+    network. Needs safetensors: `pip install 'jaxkd[export]'`. Arguments and errors as those of
+    `stablehlo`.
+    """
+    if not importlib.util.find_spec('safetensors'):
+        raise errors.ExportError('safetensors', "it needs `pip install 'jaxkd[export]'`")
+    from safetensors import numpy as file_format
+
+    run, model = network(small, apply_kwargs), structure.full_module(small.module)
+    with _failing('safetensors', small):
+        tensors = convert.to_torch(small.variables, model)
+        described = convert.describe(run, small.variables, random_inputs(small, 1), model)
+        metadata = {convert.KEY: json.dumps(described)}
+        written = file_format.save(tensors, metadata)
+
+    def opened(file: pathlib.Path) -> Callable[..., Any]:
+        return functools.partial(run, convert.read(file, model, small.variables))
+
+    done = _compared('safetensors', small, path, written, opened, run)
+    beside = done.path.with_suffix('.json')
+    beside.write_text(json.dumps(described, indent=2) + '\n')
+    return done
+
+
+FORMATS: dict[str, Callable[..., Exported]] = {
+    'stablehlo': stablehlo,
+    'onnx': onnx,
+    'safetensors': safetensors,
+}
 
 
 def random_inputs(small: CompactModel, batch_size: int) -> list[jax.Array]:
@@ -211,7 +243,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
         prog='python -m jaxkd.export',
         description='Writes a compact network as one file that runs without its code: StableHLO '
-        'for CPU, CUDA and TPU, or ONNX. The file is run and compared before it is kept.',
+        'for CPU, CUDA and TPU, or ONNX; or its weights for PyTorch, as safetensors. The file is '
+        'run and compared before it is kept.',
         epilog='exit status: 0 done, 1 it cannot be written, 2 a wrong command line',
     )
     parser.add_argument('folder', metavar='DIR', help='a finished run, or what jaxkd.save wrote')

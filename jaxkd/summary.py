@@ -143,9 +143,20 @@ def trace(
       GraphError: where the module cannot be called so.
     """
     apply = command.at_inference(model, apply)
+    variables = initial(model, inputs, apply)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
+        return tracing.trace(model, variables, *inputs, inexact=inexact, **apply)
+
+
+def initial(
+    model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], apply: Mapping[str, Any]
+) -> Any:
+    """Shapes and dtypes of the model's variables; arguments and errors as those of `trace`."""
+    apply = command.at_inference(model, apply)
     called = {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}
     try:
-        variables = jax.eval_shape(
+        return jax.eval_shape(
             lambda *inputs: model.init(jax.random.key(0), *inputs, **called), *inputs
         )
     except Exception as error:
@@ -154,9 +165,6 @@ def trace(
             f'{type(model).__name__} cannot be called with {shapes} and {dict(called)}; '
             f'change --input, --arguments or --apply: {command.words(error)}'
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
-        return tracing.trace(model, variables, *inputs, inexact=inexact, **apply)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,0 +1,373 @@
+"""Variables from files and directories, and back to PyTorch's names and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import checkpoint
+from jaxkd.convert import files, layouts, names
+from jaxkd.errors import CheckpointError
+from jaxkd.graph import structure
+
+KIND = 'jaxkd variables'
+# Under it, what `describe` says stands in the metadata of a .safetensors file.
+KEY = 'jaxkd'
+OWN_NAMES = "Flax's names with dots, PyTorch's layouts"
+# PyTorch's names of parameters and statistics, where they are not Flax's.
+_LEAVES = {
+    'kernel': 'weight',
+    'scale': 'weight',
+    'embedding': 'weight',
+    'mean': 'running_mean',
+    'var': 'running_var',
+}
+# What PyTorch has and Flax does not.
+_IGNORED = 'num_batches_tracked'
+_SHOWN = 3  # names in a message
+
+
+class Tensor(NamedTuple):
+    """Where a variable stands in a file: under which name, and how it lies there."""
+
+    name: str
+    order: layouts.Order
+
+
+class Found(NamedTuple):
+    """Variables that were read.
+
+    Attributes:
+      variables: nested dicts of numpy arrays.
+      source: whose names they had.
+      settings: fields that the model needs in order to compute what it did where the weights come
+        from, each a possibility of its own, the likeliest first; None where nothing is known.
+    """
+
+    variables: dict[str, Any]
+    source: str
+    settings: tuple[names.Settings, ...] | None
+
+
+def read(path: str | os.PathLike, model: nn.Module, variables: Any) -> dict[str, Any]:
+    """The variables of a model, from whatever holds them.
+
+    Args:
+      path: a directory that `python -m jaxkd.convert` wrote, or any that orbax wrote of a tree with
+        `params` (and what else `variables` has); or a file of weights: .safetensors with Flax's
+        names (`params/stem/conv/kernel`, or with dots) or PyTorch's, or .pt or .pth with PyTorch's.
+      model: the module that they are for, at full width.
+      variables: its variables, or their shapes and dtypes as `jax.eval_shape` of `model.init` gives
+        them. The widths may be those of a compact network.
+
+    Returns:
+      A tree like `variables`, of numpy arrays with its shapes and dtypes.
+
+    Raises:
+      CheckpointError: what is there is something else, lacks variables, has others or ones of other
+        shapes (it names some), or needs a model with other settings (it says which).
+      ConfigError: a package is missing.
+    """
+    path = pathlib.Path(path)
+    found = find(path, model, variables)
+    if found.settings is not None and fitting(model, found.settings) is None:
+        needed = ' or '.join(map(_arguments, found.settings))
+        raise CheckpointError(
+            path,
+            f'its weights ({found.source}) were made for a {type(model).__name__} with {needed}, '
+            f'which computes something else than one with {_arguments(settings(model))}: make the '
+            'model so',
+        )
+    return found.variables
+
+
+def find(path: pathlib.Path, model: nn.Module, variables: Any) -> Found:
+    """`read`, with whatever settings the model has."""
+    shapes = _flat(variables)
+    if path.is_dir():
+        tree, known = _directory(path, variables)
+        stored, candidates = _flat(tree), {'Flax': _flax(shapes, '/')}
+    else:
+        stored, described = files.load(path)
+        stored = _without_prefix(stored)
+        candidates = _candidates(model, shapes)
+        known = _described(path, described)
+    source, tensors = max(
+        candidates.items(), key=lambda item: sum(t.name in stored for t in item[1].values())
+    )
+    _check(path, model, source, tensors, stored, shapes)
+    flat = {
+        name: layouts.to_ours(stored[tensor.name], tensor.order, shapes[name].shape).astype(
+            shapes[name].dtype
+        )
+        for name, tensor in tensors.items()
+    }
+    possible = None
+    if known is not None:
+        possible = (known,)
+    elif source in (own := names.SOURCES.get(type(model), {})):
+        possible = own[source].settings(model)
+    return Found(traverse_util.unflatten_dict(flat, sep='/'), source, possible)
+
+
+def to_torch(variables: Any, model: nn.Module, library: str | None = None) -> dict[str, np.ndarray]:
+    """Variables with the names and in the layouts of PyTorch, as `load_state_dict` takes them.
+
+    Args:
+      variables: of the model or of a compact network made of it: arrays, in nested dicts.
+      model: the module at full width, which says what layers are called.
+      library: whose names, as `jaxkd.convert.names.SOURCES` has them for the model's class; by
+        default the first of them. For other classes Flax's names are joined with dots.
+
+    Returns:
+      Arrays by name. Convolutions are [out, in, height, width], Dense layers [out, in].
+
+    Raises:
+      ValueError: a library without a table for the model, or two variables of one name.
+    """
+    leaves = _flat(variables)
+    tensors = _tensors(leaves, model, _library(model, library))
+    return {
+        tensor.name: layouts.to_theirs(np.asarray(leaves[name]), tensor.order)
+        for name, tensor in tensors.items()
+    }
+
+
+def describe(
+    run: Callable[..., Any], variables: Any, inputs: Iterable[Any], model: nn.Module
+) -> dict[str, Any]:
+    """What goes with the weights of `to_torch` to rebuild the network, as JSON can hold it.
+
+    Args:
+      run: the network as a function of its variables and inputs.
+      variables: those of `to_torch`.
+      inputs: arrays, or their shapes and dtypes.
+      model: the module at full width.
+
+    Returns:
+      'names' (the library whose names they are), 'model' (class and fields), 'settings' (fields
+      that change what is computed), and 'layers': by PyTorch's name of each convolution, Dense and
+      norm, its widths under the names of PyTorch's attributes.
+    """
+    library = _library(model)
+    leaves = _flat(variables)
+    tensors = _tensors(leaves, model, library)
+    layers: dict[str, dict[str, Any]] = {}
+
+    def record(call, args, kwargs, context):
+        module = context.module
+        path = 'params/' + '/'.join(module.path)
+        norm = isinstance(module, nn.BatchNorm | nn.LayerNorm | nn.GroupNorm)
+        named = tensors.get(f'{path}/scale' if norm else f'{path}/kernel')
+        if context.method_name == '__call__' and named:
+            shape = leaves[f'{path}/scale' if norm else f'{path}/kernel'].shape
+            name = named.name.removesuffix('.weight')
+            layers[name] = _widths(module, shape, args[0].shape[-1], named.order.shape)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(run, variables, *inputs)
+    return {
+        'names': library or OWN_NAMES,
+        'model': structure.describe(model),
+        'settings': settings(model),
+        'layers': layers,
+    }
+
+
+def _widths(
+    module: nn.Module, shape: layouts.Shape, inputs: int, theirs: layouts.Shape
+) -> dict[str, Any]:
+    if isinstance(module, nn.BatchNorm):
+        return {'num_features': shape[0], 'eps': module.epsilon}
+    if isinstance(module, nn.GroupNorm):
+        return {'num_channels': shape[0], 'num_groups': module.num_groups, 'eps': module.epsilon}
+    if isinstance(module, nn.LayerNorm):
+        return {'normalized_shape': list(shape), 'eps': module.epsilon}
+    if len(theirs) == 2:
+        return {'in_features': theirs[1], 'out_features': theirs[0]}
+    return {
+        'in_channels': theirs[1] * (groups := max(1, inputs // theirs[1])),
+        'out_channels': theirs[0],
+        'groups': groups,
+        'kernel_size': list(theirs[2:]),
+    }
+
+
+def settings(model: nn.Module) -> dict[str, Any]:
+    """The fields of a model that change what it computes, and no variable's shape."""
+    return {field: getattr(model, field) for field in names.FIELDS if hasattr(model, field)}
+
+
+def fitting(model: nn.Module, possible: Collection[names.Settings]) -> names.Settings | None:
+    """The first of the possible settings that are the model's."""
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    for one in possible:
+        if all(
+            value == one.get(field, defaults[field]) for field, value in settings(model).items()
+        ):
+            return one
+    return None
+
+
+def _library(model: nn.Module, library: str | None = None) -> str | None:
+    known = names.SOURCES.get(type(model), {})
+    if library is not None and library not in known:
+        listed = ', '.join(known) or 'none'
+        raise ValueError(f'{type(model).__name__} has names of {listed}, not of {library}')
+    return library or next(iter(known), None)
+
+
+def _tensors(shapes: Mapping[str, Any], model: nn.Module, library: str | None) -> dict[str, Tensor]:
+    """PyTorch's name and layout of each variable."""
+    rows = {}
+    if library is not None:
+        rows = {row.ours: row for row in names.SOURCES[type(model)][library].table(model)}
+    sizes = {name: tuple(leaf.shape) for name, leaf in shapes.items()}
+    tensors = {}
+    for name, shape in sizes.items():
+        _, _, path = name.partition('/')
+        layer, _, leaf = path.rpartition('/')
+        if path in rows:
+            theirs, layout = rows[path].theirs, rows[path].layout or layouts.same
+        else:
+            row = rows.get(layer, names.Row(layer, layer.replace('/', '.')))
+            theirs = f'{row.theirs}.{_LEAVES.get(leaf, leaf)}'.lstrip('.')
+            layout = layouts.same
+            if leaf == 'kernel' and len(shape) > 1:
+                layout = row.layout or layouts.kernel
+            elif leaf == 'bias':
+                layout = layouts.vector
+        tensors[name] = Tensor(theirs, layout(shape, sizes))
+    if len({tensor.name for tensor in tensors.values()}) < len(tensors):
+        raise ValueError(f'two variables of {type(model).__name__} have one name in PyTorch')
+    return tensors
+
+
+def _flax(shapes: Mapping[str, Any], separator: str) -> dict[str, Tensor]:
+    return {
+        name: Tensor(name.replace('/', separator), layouts.same(tuple(leaf.shape), {}))
+        for name, leaf in shapes.items()
+    }
+
+
+def _candidates(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Whatever a file may call the variables."""
+    return {
+        **{lib: _tensors(shapes, model, lib) for lib in names.SOURCES.get(type(model), {})},
+        OWN_NAMES: _tensors(shapes, model, None),
+        'Flax': _flax(shapes, '/'),
+        "Flax's names with dots": _flax(shapes, '.'),
+    }
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as 'params/stem/conv/kernel'."""
+    return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _without_prefix(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without what Flax lacks, and what data-parallel and compiled modules put before all names."""
+    stored = {name: leaf for name, leaf in stored.items() if not name.endswith(_IGNORED)}
+    for prefix in ('module.', '_orig_mod.'):
+        if all(name.startswith(prefix) for name in stored):
+            stored = {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
+    return stored
+
+
+def _directory(path: pathlib.Path, variables: Any) -> tuple[dict, names.Settings | None]:
+    """Variables in a directory that jaxkd or orbax wrote, and the settings they are for."""
+    if not (path / 'metadata').is_dir():
+        return checkpoint.read_plain(path, variables), None
+    tree, metadata = checkpoint.read(path)
+    if metadata.get('kind') != KIND:
+        why = 'it holds no variables; `python -m jaxkd.convert` and orbax write them'
+        if 'structure' in metadata:
+            why = 'it holds a compact network, which jaxkd.load reads; a full one is needed here'
+        raise CheckpointError(path, why)
+    return {name: tree[name] for name in variables if name in tree}, metadata['settings']
+
+
+def _described(path: pathlib.Path, metadata: Mapping[str, str]) -> names.Settings | None:
+    """The settings that `describe` has put into a file."""
+    if KEY not in metadata:
+        return None
+    try:
+        return dict(json.loads(metadata[KEY])['settings'])
+    except (KeyError, TypeError, ValueError) as error:
+        why = f'its metadata under {KEY!r} are none that jaxkd.export writes'
+        raise CheckpointError(path, why) from error
+
+
+def _check(
+    path: pathlib.Path,
+    model: nn.Module,
+    source: str,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, np.ndarray],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Refuses what does not fill each variable once, with nothing left over."""
+    network = type(model).__name__
+    missing = [tensor.name for tensor in tensors.values() if tensor.name not in stored]
+    if len(missing) == len(tensors):
+        raise CheckpointError(
+            path,
+            f'it has none of the variables of {network} under any name known; it has '
+            f'{_some(list(stored)) or "none at all"}',
+        )
+    used = {tensor.name for tensor in tensors.values()}
+    left = [f'{name} {list(leaf.shape)}' for name, leaf in stored.items() if name not in used]
+    if missing or left:
+        counted = [
+            f'{len(found)} {what} ({_some(found)})'
+            for found, what in ((missing, 'are missing'), (left, 'are left over'))
+            if found
+        ]
+        raise CheckpointError(
+            path,
+            f'its variables are not those of this {network} ({source}): of {len(tensors)} '
+            f'{" and ".join(counted)}; it is of another network, or one with other arguments',
+        )
+    wrong = {
+        name: f'{tensor.name} is {list(stored[tensor.name].shape)} and has to be '
+        f'{list(tensor.order.shape)}'
+        for name, tensor in tensors.items()
+        if tuple(stored[tensor.name].shape) != tensor.order.shape
+    }
+    if wrong and all(name.startswith('params/classifier/') for name in wrong):
+        bias = 'params/classifier/bias'
+        theirs, ours = stored[tensors[bias].name].shape[0], shapes[bias].shape[0]
+        raise CheckpointError(
+            path,
+            f'it has {theirs} classes, and the {network} {ours}: make it with num_classes='
+            f'{theirs} (--arguments="{{\'num_classes\': {theirs}}}")',
+        )
+    if wrong:
+        raise CheckpointError(
+            path,
+            f'{len(wrong)} of its {len(tensors)} variables have other shapes than those of this '
+            f'{network} ({source}): {_some(list(wrong.values()))}; it needs other arguments',
+        )
+    for name, tensor in tensors.items():
+        found, needed = stored[tensor.name].dtype, shapes[name].dtype
+        if jnp.issubdtype(needed, jnp.floating) and not jnp.issubdtype(found, jnp.floating):
+            raise CheckpointError(path, f'{tensor.name} is {found}, and {needed} is needed')
+
+
+def _some(found: list[str]) -> str:
+    return ', '.join([*found[:_SHOWN], *(['…'] if len(found) > _SHOWN else [])])
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    return ', '.join(f'{field}={value!r}' for field, value in given.items()) or 'its defaults'

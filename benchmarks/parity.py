@@ -317,7 +317,7 @@ def main() -> None:
         print(*row.values(), flush=True)
         if not (row['difference'] <= LIMIT and row.get('back_to_the_bit', True)):
             far.append(name)
-        kept = [other for other in report[kind] if not key(other) == key(row)]
+        kept = [other for other in report[kind] if key(other) != key(row)]
         report |= {**machine.about(), 'versions': versions(), 'limit': LIMIT}
         report[kind] = [*kept, row]
         machine.write_report(flags.out, report)

@@ -33,6 +33,8 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.distil.losses="(('dkd', {'beta': 2.0, 'warmup': 0.2}),)"   beside the labels
     --config.distil.losses="(('fitnet', {'weight': 10.0, 'features': 'block1[0-6]$'}),)"
     --config.teacher.number=3        the mean of three teachers' logits teaches
+    --config.model.name=package.module:function --config.model.arguments={}     one of your own
+    --config.teacher.checkpoint=weights.safetensors   that is trained already
     --config.teacher.accumulate=4    each batch in so many parts, where memory is short
     --config.seed=1
     --config.teacher.epochs=60.0
@@ -52,6 +54,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         {
             'seed': 0,
             'model': {
+                # A network of jaxkd.models, or package.module:function of your own: a function that
+                # returns a Linen module when it is called with the arguments, and with num_classes
+                # where it takes that.
                 'name': 'mobilenet_v2',
                 # Small images cannot be halved five times, as the paper's strides would.
                 'arguments': {'width': 1.0, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
@@ -66,6 +71,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'crop': 0.08,  # least share of the area that a random crop shows; 1.0: the centre
                 'workers': 0,  # processes that read ahead; 0 for threads of the main process
                 'corrupt_limit': 10,  # so many that cannot be read are replaced, no more
+                # Of each channel, of pixels in [0, 1]; by default those of the training images.
+                'mean': config_dict.placeholder(tuple),
+                'std': config_dict.placeholder(tuple),
                 'padding': 1,  # random shifts by up to so many pixels
                 'flip': True,  # where it keeps the label's meaning
                 # Done on the device, to the view that the teacher sees, too; nothing by default.
@@ -129,6 +137,10 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # So many, with seeds of their own; the mean of their logits teaches. The first is the
             # one that is made smaller.
             'number': 1,
+            # Weights that there are, as they are or after tune_epochs of training: a folder that
+            # `python -m jaxkd.convert` or orbax wrote, or .safetensors.
+            'checkpoint': config_dict.placeholder(str),
+            'tune_epochs': config_dict.placeholder(float),
         }
     )
     config.search = (

@@ -19,7 +19,7 @@ import warnings
 import jax
 import numpy as np
 
-from jaxkd import command, cpu, device, errors, export, saved
+from jaxkd import command, cpu, device, errors, export, mode, saved
 from jaxkd.graph import latency, structure
 from jaxkd.graph import table as tables
 from jaxkd.graph.structure import CompactModel
@@ -70,20 +70,20 @@ def measure(
       rounds: turns that each of them has at most.
       seconds: after so many, no further turn is begun.
       folder: for the rows.
-      **apply_kwargs: further arguments of the model. `train=False` is added where it has that
-        argument.
+      **apply_kwargs: further arguments of the model. Those that tell it not to train are
+        added; see `jaxkd.mode`.
 
     Raises:
       ConfigError: for a network that cannot be called so.
     """
     module = structure.full_module(small.module)
-    apply_kwargs = command.at_inference(module, apply_kwargs)
+    apply_kwargs = {**mode.arguments(module, train=False), **apply_kwargs}
     inputs = export.random_inputs(small, batch_size)
     try:
         init = jax.jit(functools.partial(module.init, **apply_kwargs))
         variables = init(jax.random.key(0), *inputs)
     except Exception as error:
-        why = f'{type(module).__name__} cannot be called with them: {command.words(error)}'
+        why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'
         raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
     networks = {'full': CompactModel(module, variables, small.structure), 'compact': small}
     costs = {'full': small.structure.full, 'compact': small.structure.compact}

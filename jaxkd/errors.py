@@ -119,3 +119,12 @@ class Stopped(JaxkdError):
 
     def __str__(self) -> str:
         return self.what
+
+
+def words(error: BaseException) -> str:
+    """Any exception in one line.
+
+    >>> words(ValueError('two   words'))
+    'ValueError: two words'
+    """
+    return ' '.join(f'{type(error).__name__}: {error}'.split())

@@ -22,7 +22,7 @@ from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import command, convert, cpu, errors, saved
+from jaxkd import command, convert, cpu, errors, mode, saved
 from jaxkd.graph import structure
 from jaxkd.graph.structure import CompactModel
 
@@ -58,8 +58,8 @@ def stablehlo(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any)
     Args:
       small: the compact network.
       path: of the file.
-      **apply_kwargs: further arguments of the model. `train=False` is added where it has that
-        argument.
+      **apply_kwargs: further arguments of the model. Those that tell it not to train are
+        added; see `jaxkd.mode`.
 
     Raises:
       ExportError: where the network cannot be written, or the file computes something else.
@@ -180,7 +180,7 @@ def network(
     within: Callable[[], Any] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
     """The network as a function of its variables and inputs, traced `within` a context."""
-    kwargs = command.at_inference(structure.full_module(small.module), apply_kwargs)
+    kwargs = {**mode.arguments(small.module, train=False), **apply_kwargs}
 
     def run(variables, *inputs):
         with within():
@@ -196,7 +196,7 @@ def _failing(name: str, small: CompactModel) -> Iterator[None]:
         yield
     except Exception as error:
         full = type(structure.full_module(small.module)).__name__
-        raise errors.ExportError(name, f'{full}: {command.words(error)}') from error
+        raise errors.ExportError(name, f'{full}: {errors.words(error)}') from error
 
 
 def _compared(

@@ -18,6 +18,8 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from jaxkd import mode
+
 Wanted = Callable[[str], bool]
 
 # The entry of the trained parameters with what makes the teacher's channels of the student's, by
@@ -45,6 +47,7 @@ def outputs(
     inputs: jax.Array,
     wanted: Wanted | None = None,
     *,
+    train: bool = False,
     mutable: Sequence[str] = (),
     **kwargs: Any,
 ) -> tuple[Outputs, Any]:
@@ -54,6 +57,7 @@ def outputs(
       model, variables, inputs: as in `model.apply`.
       wanted: whether to keep what the module of this path returns, or the entry of `out` with this
         key; None keeps nothing, at no cost.
+      train: whether the model trains; see `jaxkd.mode`.
       mutable: collections that the model may change.
       **kwargs: further arguments of `model.apply`.
 
@@ -61,6 +65,7 @@ def outputs(
       The outputs, and the collections that may have changed.
     """
     kept = list(mutable)
+    kwargs |= mode.arguments(model, train=train)
     if wanted:
         kwargs['capture_intermediates'] = functools.partial(_is_wanted, wanted)
         kept.append(_COLLECTION)
@@ -91,10 +96,10 @@ def taught(
       variables: the teacher's, or a tuple with those of several. The first has the features.
     """
     first, *others = each(variables)
-    said, _ = outputs(model, first, inputs, wanted, train=False)
+    said, _ = outputs(model, first, inputs, wanted)
     if not others:
         return said
-    logits = [outputs(model, other, inputs, train=False)[0].logits for other in others]
+    logits = [outputs(model, other, inputs)[0].logits for other in others]
     return said._replace(logits=sum(logits, start=said.logits) / (1 + len(logits)))
 
 
@@ -125,7 +130,7 @@ def shapes(model: nn.Module, variables: Any, image: Any) -> dict[str, tuple[int,
         return True
 
     def run(variables: Any, image: Any) -> Outputs:
-        return outputs(model, variables, image, noted, train=False)[0]
+        return outputs(model, variables, image, noted)[0]
 
     found = jax.eval_shape(run, variables, image).features
     return {name: found[name].shape for name in sorted(found, key=lambda n: order[path(n)])}

@@ -128,7 +128,8 @@ class Work(NamedTuple):
 
 def length(config: ml_collections.ConfigDict, size: int) -> int:
     """Steps of a stage on `size` training examples."""
-    return max(1, round(config.epochs * train.steps_per_epoch(size, config.batch_size)))
+    epochs = config.tune_epochs if config.get('checkpoint') else config.epochs
+    return max(1, round(epochs * train.steps_per_epoch(size, config.batch_size)))
 
 
 def settings(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
@@ -158,7 +159,7 @@ def fit(
     *,
     facts: Callable[[Any], Mapping[str, float]],
     given: Any,
-    teacher: tuple[nn.Module | str, Any] | None = None,
+    teacher: tuple[nn.Module | str | None, Any] | None = None,
     memory: Any = None,
     steer: Steer | None = None,
     kept: Callable[[Any], Keep | None] = lambda memory: None,
@@ -180,7 +181,7 @@ def fit(
       facts: what the log says besides, from the memory.
       given: what the stage depends on beside its teacher, as JSON: a checkpoint that was made with
         something else is refused.
-      teacher: module and variables of the teacher; see `train.make_train_step`. With
+      teacher: module and variables of the teacher; see `train.make_train_step`. With None or
         `train.AVERAGE` for the module the stage depends on the variables all the same.
       memory: what `steer` remembers, a pytree that checkpoints hold.
       steer: called before each step as `(steps done, state, memory)`; returns the next memory and

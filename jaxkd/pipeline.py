@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxkd import (
     checkpoint,
+    convert,
     data,
     distill,
     errors,
@@ -35,7 +36,8 @@ from jaxkd import (
     hosts,
     loop,
     metrics,
-    models,
+    mode,
+    network,
     objective,
     precision,
     saved,
@@ -94,6 +96,7 @@ class Plan(NamedTuple):
       limits: what the blocks mean for each channel group.
       budgets: that set a limit.
       losses: of search and distillation where the config lists them; else empty.
+      weights: that the teacher begins with, or has; None where it is trained from scratch.
     """
 
     model: nn.Module
@@ -102,6 +105,7 @@ class Plan(NamedTuple):
     limits: Mapping[str, blocking.Limits]
     budgets: Sequence[blocking.Budget]
     losses: Mapping[str, Sequence[objective.Term]]
+    weights: Any = None
 
 
 class Aim(NamedTuple):
@@ -199,7 +203,7 @@ def prepared(
         corrupt=corrupt,
     )
     learning, validation = load('train'), load('validation')
-    mean, std = hosts.first(lambda: data.statistics(learning))
+    mean, std = hosts.first(lambda: _statistics(config, learning))
     weights = stages(config)
     lengths = [
         (name, loop.length(loop.settings(config, name), learning.size), weight)
@@ -242,6 +246,15 @@ def prepared(
         )
 
 
+def _statistics(
+    config: ml_collections.ConfigDict, learning: data.Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the training images, or those that the weights of a teacher were made with."""
+    if config.data.mean is None:
+        return data.statistics(learning)
+    return np.float32(config.data.mean), np.float32(config.data.std)
+
+
 def _tell_corrupt(
     corrupt: data.CorruptImages,
     workdir: pathlib.Path,
@@ -268,7 +281,9 @@ def stages(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 
 def teachers(config: ml_collections.ConfigDict) -> list[str]:
-    """The stages that make a teacher each: 'teacher', 'teacher2', …"""
+    """The stages that make a teacher each: 'teacher', 'teacher2', …; none where it is given."""
+    if config.teacher.checkpoint and not config.teacher.tune_epochs:
+        return []
     return ['teacher', *(f'teacher{i}' for i in range(2, config.teacher.number + 1))]
 
 
@@ -285,32 +300,37 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     distil_augmentation(config)
     _check_batches(config)
     _check_safety(config)
-    if config.teacher.number < 1:
-        raise errors.ConfigError('teacher.number', config.teacher.number, why='it must be ≥ 1')
+    _check_teacher(config)
+    _check_statistics(config, info)
     _check_expansion(config)
-    if config.model.name not in models.REGISTRY:
-        raise errors.ConfigError('model.name', config.model.name, allowed=models.REGISTRY)
+    given = config.model.arguments.to_dict()
+    model = network.make(
+        config.model.name,
+        given,
+        defaults={'num_classes': info.num_classes},
+        fields=('model.name', 'model.arguments'),
+    )
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
     try:
-        model = models.create(
-            config.model.name, num_classes=info.num_classes, **config.model.arguments
+        variables = jax.eval_shape(_init(model, image), jax.random.key(0))
+        logits = jax.eval_shape(
+            lambda *given: features.outputs(model, *given)[0].logits, variables, image
         )
-        image = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
-        variables = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), jnp.zeros(image.shape), train=False)
-        )
-    except (TypeError, ValueError) as error:
-        arguments = dict(config.model.arguments)
-        raise errors.ConfigError(
-            'model.arguments', arguments, why=' '.join(str(error).split())
-        ) from error
+    except Exception as error:  # the user's code can raise anything
+        why = f'{type(model).__name__} cannot be called with an image of shape {image.shape[1:]}: '
+        raise errors.ConfigError('model.arguments', given, why=why + errors.words(error)) from error
+    _check_network(config, model, variables, logits, info)
     meshes.check(config.sharding, variables['params'], meshes.make_mesh())
     losses = _losses(config, functools.cache(lambda: features.shapes(model, variables, image)))
-    graph = tracing.trace(model, variables, image, inexact=config.inexact, train=False)
+    graph = tracing.trace(
+        model, variables, image, inexact=config.inexact, **mode.arguments(model, train=False)
+    )
     limits = blocking.resolve(graph, config.blocks)
     learn.rehearse(graph, limits)
     graph = measured(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
-    plan = Plan(model, info, graph, limits, budgets, losses)
+    weights = _weights(config, model, variables)
+    plan = Plan(model, info, graph, limits, budgets, losses, weights)
     # A budget that no choice can meet is refused now.
     aim = make_aim(config, plan, 'search', graph)
     selecting.floor(
@@ -337,6 +357,68 @@ def _losses(
         why = "a search with the method 'morphnet' is without a teacher"
         raise errors.ConfigError('search.losses', config.search.losses, why=why)
     return losses
+
+
+def _init(model: nn.Module, image: jax.ShapeDtypeStruct) -> Callable[[jax.Array], Any]:
+    """The function that makes the model's variables of a key."""
+    evaluating = mode.arguments(model, train=False)
+    return lambda key: model.init(key, jnp.zeros(image.shape, image.dtype), **evaluating)
+
+
+def _check_network(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    variables: Any,
+    logits: jax.ShapeDtypeStruct,
+    info: data.Info,
+) -> None:
+    """Refuses a network whose variables or outputs are none that can be trained here."""
+    wanted = (1, info.num_classes)
+    if logits.shape != wanted:
+        why = (
+            f'its logits are of shape {logits.shape}; {config.data.name}, with '
+            f'{info.num_classes} classes, needs {wanted}'
+        )
+        raise errors.ConfigError('model.name', config.model.name, why=why)
+    other = sorted(variables.keys() - {'params', 'batch_stats'})
+    if other:
+        why = (
+            f'{type(model).__name__} has variables in {", ".join(other)}; '
+            "only those in 'params' and 'batch_stats' can be trained"
+        )
+        raise errors.ConfigError('model.name', config.model.name, why=why)
+
+
+def _check_teacher(config: ml_collections.ConfigDict) -> None:
+    teacher = config.teacher
+    if teacher.number < 1:
+        raise errors.ConfigError('teacher.number', teacher.number, why='it must be ≥ 1')
+    if teacher.tune_epochs is not None and not teacher.checkpoint:
+        why = 'they are for the weights of a teacher.checkpoint; set teacher.epochs'
+        raise errors.ConfigError('teacher.tune_epochs', teacher.tune_epochs, why=why)
+    if teacher.number > 1 and not teachers(config):
+        why = 'teacher.checkpoint has one network; set teacher.tune_epochs, and each is tuned apart'
+        raise errors.ConfigError('teacher.number', teacher.number, why=why)
+
+
+def _check_statistics(config: ml_collections.ConfigDict, info: data.Info) -> None:
+    channels = info.image_shape[-1]
+    for field, other in (('mean', 'std'), ('std', 'mean')):
+        value = config.data[field]
+        if value is not None and config.data[other] is None:
+            raise errors.ConfigError(f'data.{field}', value, why=f'data.{other} is needed, too')
+        if value is not None and len(value) != channels:
+            why = f'images of {config.data.name} have {channels} channels'
+            raise errors.ConfigError(f'data.{field}', value, why=why)
+    if config.data.std is not None and min(config.data.std) <= 0:
+        raise errors.ConfigError('data.std', config.data.std, why='each must be above 0')
+
+
+def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any) -> Any:
+    """What teacher.checkpoint holds, if it is given."""
+    if not config.teacher.checkpoint:
+        return None
+    return hosts.first(lambda: convert.read(config.teacher.checkpoint, model, variables))
 
 
 def _check_batches(config: ml_collections.ConfigDict) -> None:
@@ -417,9 +499,13 @@ def limiting(plan: Plan) -> list[blocking.Budget]:
 def learn_teachers(setup: loop.Setup, plan: Plan) -> Any:
     """The variables of the teacher, or a tuple with those of several.
 
-    All are the full network, trained with seeds of their own. The first is the one that is searched
-    and that the compact network is compared with; what is taught is the mean of their logits.
+    All are the full network, trained with seeds of their own, or with the weights that are given.
+    The first is the one that is searched and that the compact network is compared with; what is
+    taught is the mean of their logits.
     """
+    if not teachers(setup.config):
+        _tell_parameters(setup, 'teacher', plan.weights)
+        return plan.weights
     found = []
     for index, stage in enumerate(teachers(setup.config)):
         config = setup.config.copy_and_resolve_references()
@@ -429,17 +515,18 @@ def learn_teachers(setup: loop.Setup, plan: Plan) -> Any:
 
 
 def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
-    """The full network, trained on the labels: its variables.
+    """The full network, trained on the labels from scratch or from given weights: its variables.
 
     Without label smoothing, which makes for better networks and worse teachers (Müller et al.
     2019, https://arxiv.org/abs/1906.02629).
     """
-    image = jnp.zeros(plan.graph.inputs[0].shape)
-    init = jax.jit(lambda key: plan.model.init(key, image, train=False))
+    start = plan.weights
+    if start is None:
+        init = jax.jit(_init(plan.model, plan.graph.inputs[0]))
+        start = init(jax.random.key(setup.config.seed))
     # Runs that differ in what comes later may share a teacher, and in how many more there are.
     given = _settings(setup.config, AFTER_TEACHER)
     del given['teacher']['number']
-    start = init(jax.random.key(setup.config.seed))
     if stage == 'teacher':
         _tell_parameters(setup, 'teacher', start)
     end = loop.fit(
@@ -450,6 +537,7 @@ def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
         train.hard_loss(setup.config.teacher.label_smoothing),
         facts=lambda _: _alive(plan.graph.cost()._asdict()),
         given=given,
+        teacher=(None, plan.weights or {}),
     )
     return loop.chosen(setup, stage, end)
 
@@ -512,7 +600,11 @@ def trace_again(
     """
     inputs = plan.graph.inputs
     graph = tracing.trace(
-        found.module, found.variables, *inputs, inexact=config.inexact, train=False
+        found.module,
+        found.variables,
+        *inputs,
+        inexact=config.inexact,
+        **mode.arguments(found.module, train=False),
     )
     sizes = {name: len(group['kept']) for name, group in found.structure.groups.items()}
     if graph.sizes != sizes:
@@ -714,8 +806,7 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
     _tell_parameters(setup, 'student', small.variables)
     start = small.variables
     if config.init == 'scratch':
-        image = jnp.zeros(plan.graph.inputs[0].shape)
-        init = jax.jit(lambda key: small.module.init(key, image, train=False))
+        init = jax.jit(_init(small.module, plan.graph.inputs[0]))
         start = init(jax.random.fold_in(jax.random.key(setup.config.seed), 1))
     if config.recalibrate:
         start = train.recalibrate(
@@ -797,7 +888,7 @@ def report(
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
         variables = meshes.place(variables, variables['params'], setup.mesh)
         inference[name] = functools.partial(step, variables, batch, np.ones(batch_size, bool))
-        plain = jax.jit(functools.partial(module.apply, train=False))
+        plain = jax.jit(functools.partial(module.apply, **mode.arguments(module, train=False)))
         analysis = plain.lower(shapes, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
             'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
@@ -891,8 +982,19 @@ def _latency(
 
 
 def _settings(config: ml_collections.ConfigDict, without: Collection[str] = ()) -> dict[str, Any]:
-    """What a stage depends on of the config: runs that differ in the rest may share its folder."""
-    return {part: value for part, value in records.record(config).items() if part not in without}
+    """What a stage depends on of the config: runs that differ in the rest may share its folder.
+
+    What is not set is left out, so that a field that is new parts no run from what it has reached.
+    """
+    record = records.record(config)
+    return {part: _set(value) for part, value in record.items() if part not in without}
+
+
+def _set(value: Any) -> Any:
+    """A record without the fields that are None."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _set(inner) for name, inner in value.items() if inner is not None}
 
 
 def _taught_loss(setup: loop.Setup, plan: Plan, stage: str) -> train.Loss | train.Objective:

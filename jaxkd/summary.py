@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
-from jaxkd import command, errors, picture
+from jaxkd import command, errors, mode, picture
 from jaxkd.graph import table as tables
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.cost import Row
@@ -135,14 +135,14 @@ def trace(
     Args:
       model: the Linen module.
       inputs: shapes and dtypes.
-      apply: further arguments of the module. `train=False` is added where the module has such an
-        argument.
+      apply: further arguments of the module. Those that tell it not to train are added; see
+        `jaxkd.mode`.
       inexact: as `jaxkd.trace` takes it.
 
     Raises:
       GraphError: where the module cannot be called so.
     """
-    apply = command.at_inference(model, apply)
+    apply = {**mode.arguments(model, train=False), **apply}
     variables = initial(model, inputs, apply)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
@@ -153,7 +153,7 @@ def initial(
     model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], apply: Mapping[str, Any]
 ) -> Any:
     """Shapes and dtypes of the model's variables; arguments and errors as those of `trace`."""
-    apply = command.at_inference(model, apply)
+    apply = {**mode.arguments(model, train=False), **apply}
     called = {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}
     try:
         return jax.eval_shape(
@@ -163,7 +163,7 @@ def initial(
         shapes = ', '.join(map(str, _avals(inputs)))
         raise errors.GraphError(
             f'{type(model).__name__} cannot be called with {shapes} and {dict(called)}; '
-            f'change --input, --arguments or --apply: {command.words(error)}'
+            f'change --input, --arguments or --apply: {errors.words(error)}'
         ) from error
 
 

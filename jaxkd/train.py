@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxkd import cpu, data, features, precision
+from jaxkd import cpu, data, features, mode, precision
 from jaxkd import mesh as meshes
 
 Loss = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
@@ -245,7 +245,7 @@ def make_train_step(
                         objective.wanted,
                         train=True,
                         mutable=['batch_stats'],
-                        rngs={'dropout': key},
+                        rngs=_random(key),
                     )
                     value = _shared(
                         lambda labels: objective.loss(said, taught, labels, adapters, state.step),
@@ -404,9 +404,9 @@ def recalibrate(
             _, new = model.apply(
                 variables,
                 inputs,
-                train=True,
                 mutable=['batch_stats'],
-                rngs={'dropout': jax.random.key(0)},
+                rngs=_random(jax.random.key(0)),
+                **mode.arguments(model, train=True),
             )
         return {**variables, **new}
 
@@ -414,6 +414,11 @@ def recalibrate(
     for batch in batches(examples, batch_size, mesh, seed=0, start=0, stop=steps):
         variables = step(variables, batch)
     return meshes.gathered(variables)
+
+
+def _random(key: jax.Array) -> dict[str, jax.Array]:
+    """Keys for a model in training: that of 'params' serves whatever streams it has of its own."""
+    return {'dropout': key, 'params': jax.random.fold_in(key, 1)}
 
 
 def _gather(batch: Mapping[str, jax.Array], split: sharding.Sharding) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 class Net(nn.Module):
     @nn.compact
-    def __call__(self, image, deterministic):
+    def __call__(self, image, frozen):
         x = nn.relu(nn.Conv(64, (3, 3), name='first')(image))
         x = nn.relu(nn.Conv(64, (3, 3), name='second')(x))
         return nn.Dense(5, name='head')(x.mean((1, 2)))
@@ -32,7 +32,7 @@ def saved_networks(tmp_path_factory):
         patch.syspath_prepend(str(folder))
         import own_net
     for name, model, flags in (
-        ('own', own_net.Net(), {'deterministic': True}),
+        ('own', own_net.Net(), {'frozen': True}),
         ('known', models.create('resnet20', num_classes=3), {'train': False}),
     ):
         init = jax.jit(functools.partial(model.init, **flags))

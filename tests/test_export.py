@@ -53,10 +53,10 @@ def test_own_model(folder, own_model, format):
     if format == 'onnx' and not export.has_onnx():
         pytest.skip("needs jaxkd's extra `export`")
     flags = ['own', f'--format={format}', '--out=own.file', '--model=own_net:Net']
-    assert export.main([*flags, "--apply={'deterministic': True}"]) == 0
+    assert export.main([*flags, "--apply={'frozen': True}"]) == 0
     called = {'stablehlo': jaxkd.load, 'onnx': export.onnx_function}[format](folder / 'own.file')
     small = jaxkd.load('own', own_model)
-    right = small.apply(small.variables, images(4), deterministic=True)
+    right = small.apply(small.variables, images(4), frozen=True)
     assert_equal_outputs(called(images(4)), right)
 
 
@@ -89,7 +89,7 @@ def test_damaged_file(folder):
         (['nowhere', '--format=stablehlo', '--out=a'], 1, ['nowhere']),
         (['known', '--format=stablehlo', '--out=no/a'], 2, ['--out', 'no folder no']),
         (['own', '--format=stablehlo', '--out=a'], 1, ['own_net:Net', 'model']),
-        (['own', '--format=stablehlo', '--out=a', '--model=own_net:Net'], 1, ['deterministic']),
+        (['own', '--format=stablehlo', '--out=a', '--model=own_net:Net'], 1, ['frozen']),
         (['known', '--format=onnx', '--out=a'], 1, ["pip install 'jaxkd[export]'"]),
     ],
 )

@@ -877,21 +877,24 @@ def report(
     test = train.put(setup.load('test'), setup.mesh)
     batch_size = config.distil.batch_size
     batch = train.make_batch(test, np.arange(batch_size) % test.split.size, setup.mesh)
+    labels = test.split.labels
     networks = {
         'teacher': (plan.model, features.each(teacher)[0], plan.graph.cost()._asdict()),
         'compact': (small.module, small.variables, small.structure.compact),
     }
     rows: dict[str, dict[str, Any]] = {}
+    answers: dict[str, np.ndarray] = {}
     inference: dict[str, Callable[[], Any]] = {}
     for name, (module, variables, cost) in networks.items():
-        step = train.make_eval_step(module, setup.preprocessing, setup.mesh)
+        step = train.make_predict_step(module, setup.preprocessing, setup.mesh)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
         variables = meshes.place(variables, variables['params'], setup.mesh)
-        inference[name] = functools.partial(step, variables, batch, np.ones(batch_size, bool))
+        inference[name] = functools.partial(step, variables, batch)
+        answers[name] = train.predict(step, variables, test, batch_size, setup.mesh)
         plain = jax.jit(functools.partial(module.apply, **mode.arguments(module, train=False)))
         analysis = plain.lower(shapes, plan.graph.inputs[0]).compile().cost_analysis() or {}
         rows[name] = {
-            'accuracy': train.evaluate(step, variables, test, batch_size, setup.mesh)['accuracy'],
+            'accuracy': float(np.mean(answers[name] == labels)),
             **{
                 resource: cost[resource] for resource in (*plan.graph.resources, 'peak_activations')
             },
@@ -900,12 +903,15 @@ def report(
     for name, milliseconds in _time(inference).items():
         rows[name]['milliseconds'] = milliseconds
     if isinstance(teacher, tuple):
-        step = train.make_eval_step(plan.model, setup.preprocessing, setup.mesh)
+        step = train.make_predict_step(plan.model, setup.preprocessing, setup.mesh)
         several = meshes.place(teacher, features.each(teacher)[0]['params'], setup.mesh)
-        found = train.evaluate(step, several, test, batch_size, setup.mesh)
-        rows['ensemble'] = {'accuracy': found['accuracy']}
+        found = train.predict(step, several, test, batch_size, setup.mesh)
+        rows['ensemble'] = {'accuracy': float(np.mean(found == labels))}
+    classes = telling.by_class(labels, answers, plan.info.class_names)
 
-    return hosts.first(lambda: write_down(setup, plan, networks, rows, small.structure, expansions))
+    return hosts.first(
+        lambda: write_down(setup, plan, networks, rows, classes, small.structure, expansions)
+    )
 
 
 def write_down(
@@ -913,6 +919,7 @@ def write_down(
     plan: Plan,
     networks: Mapping[str, tuple[nn.Module, Any, Mapping[str, Any]]],
     rows: Mapping[str, Mapping[str, Any]],
+    classes: Mapping[str, Any],
     found: structure.Structure,
     expansions: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -920,6 +927,7 @@ def write_down(
     config = setup.config
     outcomes = loop.outcomes(setup)
     kept = {name: len(group['kept']) for name, group in found.groups.items()}
+    layers = zip(plan.graph.cost().rows, plan.graph.polynomial.cost(found.copies).rows, strict=True)
     result = {
         **rows,
         'budget': {b.resource: config.budget[b.resource] for b in plan.budgets if not b.block},
@@ -932,6 +940,19 @@ def write_down(
                 'kept': kept[group.name],
             }
             for group in plan.graph.groups
+        ],
+        'layers': [
+            {
+                'layer': full.layer,
+                **{
+                    resource: {
+                        'teacher': getattr(full, resource),
+                        'compact': getattr(left, resource),
+                    }
+                    for resource in plan.graph.resources
+                },
+            }
+            for full, left in layers
         ],
         'search': telling.tracking(telling.search_curves(setup.workdir)),
         'removal': telling.removals(setup.workdir),
@@ -959,7 +980,9 @@ def write_down(
         result['corrupt_images'] = corrupt
     if 'latency' in plan.graph.resources:
         result['latency'] = _latency(plan.graph, networks)
+    result |= classes  # last, since they can be long
     records.write_json(setup.workdir / 'report.json', result)
+    telling.write_page(setup.workdir, result)
     return result
 
 

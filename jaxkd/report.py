@@ -1,15 +1,26 @@
-"""A run told to people: how its search followed the schedule, as numbers and as a picture."""
+"""A run told to people, and several runs beside each other: the numbers, and the command.
+
+python -m jaxkd.report DIR             makes the run's report.html again
+python -m jaxkd.report DIR DIR …       compares the runs
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxkd import metrics
+from jaxkd import command, errors, metrics, page, watch
+from jaxkd import workdir as records
+from jaxkd.graph import table as tables
+
+# With more classes than this, a report has what is right in each, but not what is taken for what.
+MOST_CONFUSED = 100
 
 
 class Curve(NamedTuple):
@@ -132,3 +143,214 @@ def plot_search(
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def by_class(
+    labels: np.ndarray, answers: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, Any]:
+    """What networks answer for the images of each class.
+
+    Args:
+      labels: int [images].
+      answers: int [images] by network.
+      names: of the classes.
+
+    Returns:
+      'classes': their 'names', how many 'images' are of each, and by network how many of these are
+      right. 'confusion', of up to `MOST_CONFUSED` classes: by network a row for each class, with
+      how often each class was the answer.
+    """
+    size = len(names)
+    right = {
+        name: np.bincount(labels[found == labels], minlength=size).tolist()
+        for name, found in answers.items()
+    }
+    images = np.bincount(labels, minlength=size).tolist()
+    told: dict[str, Any] = {'classes': {'names': list(names), 'images': images, **right}}
+    if size <= MOST_CONFUSED:
+        told['confusion'] = {
+            name: np.bincount(size * labels + found, minlength=size**2).reshape(size, -1).tolist()
+            for name, found in answers.items()
+        }
+    return told
+
+
+def write_page(workdir: str | os.PathLike, report: Mapping[str, Any]) -> pathlib.Path:
+    """Writes a run's `report.html`, of its report and of what else is in its workdir; the path.
+
+    Raises:
+      CheckpointError: for a damaged file.
+    """
+    return _write_run(pathlib.Path(workdir), report, pathlib.Path(workdir) / 'report.html')
+
+
+def _write_run(
+    workdir: pathlib.Path, report: Mapping[str, Any], path: pathlib.Path
+) -> pathlib.Path:
+    rows = metrics.read_metrics(workdir)
+    searches = [name for name in dict.fromkeys(row['stage'] for row in rows) if 'search' in name]
+    curves = {name: search_curves(workdir, name) for name in searches}
+    started = records.look_up(workdir / 'config.json') or {}
+    records.write_text(path, page.run(report, rows, curves, started.get('command')))
+    return path
+
+
+def read_report(folder: str | os.PathLike) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+      CheckpointError: if the folder holds none, or a damaged one.
+    """
+    path = pathlib.Path(folder) / 'report.json'
+    found = records.look_up(path)
+    if found is None:
+        raise errors.CheckpointError(folder, 'holds no report.json; name the workdir of a run')
+    if not {'teacher', 'compact', 'budget', 'config'} <= found.keys():
+        raise errors.CheckpointError(path, 'is no report of a run')
+    return found
+
+
+# Runs beside each other
+
+
+class Run(NamedTuple):
+    """One of several runs.
+
+    Attributes:
+      name: its folder.
+      report: of it.
+      settings: of its config, those that not all of the runs have in common.
+    """
+
+    name: str
+    report: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def side_by_side(folders: Iterable[str | os.PathLike]) -> list[Run]:
+    """The runs in some folders; errors as `read_report` has them."""
+    reports = {os.fspath(folder): read_report(folder) for folder in folders}
+    configs = {name: records.flat(report['config']) for name, report in reports.items()}
+    differing = [
+        key
+        for key in dict.fromkeys(key for config in configs.values() for key in config)
+        if len({repr(config.get(key)) for config in configs.values()}) > 1
+    ]
+    return [
+        Run(name, report, {key: configs[name][key] for key in differing if key in configs[name]})
+        for name, report in reports.items()
+    ]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points, (cost, accuracy), that no other is as good as in both; in the order of cost.
+
+    >>> pareto([(2.0, 0.8), (1.0, 0.7), (3.0, 0.75), (1.0, 0.6)])
+    [1, 0]
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The rows of a table of runs, and the names of its columns above them."""
+    cells = [
+        (
+            'run',
+            'accuracy',
+            'points',
+            'teacher',
+            'multiply-adds',
+            'of teacher',
+            'parameters',
+            'of teacher',
+            'budget',
+            'settings',
+        )
+    ]
+    for run in runs:
+        teacher, compact = run.report['teacher'], run.report['compact']
+        costs = (
+            cell
+            for key in ('flops', 'params')
+            for cell in (watch.count(compact[key]), f'{compact[key] / teacher[key]:.1%}')
+        )
+        budget = (f'{key} {most:g}' for key, most in run.report['budget'].items())
+        cells.append(
+            (
+                run.name,
+                f'{compact["accuracy"]:.2%}',
+                f'{100 * (compact["accuracy"] - teacher["accuracy"]):+.2f}',
+                f'{teacher["accuracy"]:.2%}',
+                *costs,
+                ', '.join(budget),
+                ' '.join(f'{key}={value}' for key, value in run.settings.items()),
+            )
+        )
+    return cells
+
+
+def compare(runs: Sequence[Run], path: pathlib.Path) -> str:
+    """Writes the page that compares some runs; the same as a table of text."""
+    cells = comparison(runs)
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for number, run in enumerate(runs, 1):
+        for kind in ('teacher', 'compact'):
+            told = run.report[kind]
+            key = kind, told['accuracy'], told['flops'], told['params']
+            found.setdefault(key, []).append(str(number))  # runs may share their teacher
+    networks = [page.Network(', '.join(numbers), *key) for key, numbers in found.items()]
+    fronts = {
+        resource: pareto([(getattr(n, resource), n.accuracy) for n in networks])
+        for resource in ('flops', 'params')
+    }
+    data = list(dict.fromkeys(run.report['config']['data']['name'] for run in runs))
+    records.write_text(path, page.comparison(cells, networks, fronts, data))
+    return tables.grid(cells, left=(0, len(cells[0]) - 2, len(cells[0]) - 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m jaxkd.report`; returns its exit status."""
+    return command.run(_run, _parse(arguments))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        prog='python -m jaxkd.report',
+        description='Makes the page of a finished run again, or compares several runs: a table, '
+        'and accuracy against cost.',
+        epilog='exit status: 0 done, 1 a report cannot be read, 2 a wrong command line',
+    )
+    parser.add_argument('folders', nargs='+', metavar='DIR', help='the workdir of a finished run')
+    parser.add_argument(
+        '--out',
+        type=pathlib.Path,
+        metavar='FILE.html',
+        help='the page (default: report.html in the workdir of one run, comparison.html here of '
+        'several)',
+    )
+    return parser.parse_args(arguments)
+
+
+def _run(flags: argparse.Namespace) -> None:
+    folders = list(dict.fromkeys(map(os.path.normpath, flags.folders)))
+    runs = side_by_side(folders)
+    alone = pathlib.Path(folders[0]) if len(runs) == 1 else None
+    path = flags.out or (alone / 'report.html' if alone else pathlib.Path('comparison.html'))
+    try:
+        if alone:
+            _write_run(alone, runs[0].report, path)
+            text = watch.compare(runs[0].report)
+        else:
+            text = compare(runs, path)
+    except OSError as error:
+        why = f'it cannot be written: {error.strerror or error}'
+        raise errors.ConfigError('--out', str(path), why=why) from None
+    print(f'{text}\nwrote {path}')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

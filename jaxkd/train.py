@@ -352,6 +352,21 @@ def make_eval_step(
     return jax.jit(step, out_shardings=meshes.everywhere(mesh))
 
 
+def make_predict_step(
+    model: nn.Module, preprocessing: Preprocessing, mesh: sharding.Mesh
+) -> Callable[..., jax.Array]:
+    """A step `(variables, batch) -> int32 [batch]`: the classes that a network answers with.
+
+    With a tuple of the variables of several networks it is their mean logits that answer.
+    """
+
+    def step(variables, batch):
+        logits, _ = _logits(model, variables, batch, preprocessing, mesh)
+        return jnp.argmax(logits, -1)
+
+    return jax.jit(step, out_shardings=meshes.everywhere(mesh))
+
+
 def make_loss(
     model: nn.Module, preprocessing: Preprocessing, mesh: sharding.Mesh
 ) -> Callable[..., jax.Array]:
@@ -497,3 +512,16 @@ def evaluate(
     right, loss = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
     size = examples.split.size
     return {'accuracy': float(right / size), 'loss': float(loss / size)}
+
+
+def predict(
+    step: Callable[..., jax.Array],
+    variables: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: sharding.Mesh,
+) -> np.ndarray:
+    """The class that a network answers with for each example: int [size]. `step` predicts."""
+    batches = data.eval_batches(examples.split.size, batch_size)
+    found = [step(variables, make_batch(examples, indices, mesh)) for indices, _ in batches]
+    return np.concatenate(jax.device_get(found))[: examples.split.size]

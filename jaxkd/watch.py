@@ -310,7 +310,7 @@ class Display:
         line += ' '.join(self._words(stage))
         whole = self.eta()
         if whole is not None:
-            line += f' eta {_duration(self.eta(stage.name))}, all {_duration(whole)}'
+            line += f' eta {duration(self.eta(stage.name))}, all {duration(whole)}'
         print(line.rstrip(), file=self._stream, flush=True)
         self._line = stage.name, stage.step
 
@@ -333,13 +333,13 @@ class Display:
                 rich.text.Text(stage.name, 'bold' if stage.state == 'running' else ''),
                 rich.progress_bar.ProgressBar(max(1, stage.total), stage.step, width=_BAR),
                 f'{stage.step}/{stage.total}',
-                'done' if stage.state == 'finished' else '' if eta is None else _duration(eta),
+                'done' if stage.state == 'finished' else '' if eta is None else duration(eta),
                 words,
             )
         whole = self.eta()
         running = any(stage.state != 'finished' for stage in self._stages.values())
         if whole is not None and running:
-            table.add_row('all', '', '', _duration(whole), '')
+            table.add_row('all', '', '', duration(whole), '')
         return table
 
 
@@ -357,23 +357,23 @@ def _word(key: str, value: Any, full: float | None) -> str:
     if not math.isfinite(value):
         return f'{key} {value}'
     if key == 'examples_per_second':
-        return f'{_count(value)} examples/s'
+        return f'{count(value)} examples/s'
     if key == 'memory_bytes':
-        return f'memory {_count(value)}B'
+        return f'memory {count(value)}B'
     if key in _COUNTS:
         name = key.removeprefix('alive_')
         if value <= 1:
             return f'{name} {value:.1%}'
-        return f'{name} {_count(value)}' + (f' ({value / full:.1%})' if full else '')
+        return f'{name} {count(value)}' + (f' ({value / full:.1%})' if full else '')
     if 'accuracy' in key:
         return f'{key} {value:.4f}'
     return f'{key} {value:.3g}'
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     """A number with a unit: 950, 1.5k, 152.3M, 3.1G.
 
-    >>> [_count(n) for n in (0.41, 950, 1500, 999_960, 152_310_000)]
+    >>> [count(n) for n in (0.41, 950, 1500, 999_960, 152_310_000)]
     ['0.41', '950', '1.5k', '1.0M', '152.3M']
     """
     for unit in ('', 'k', 'M', 'G'):
@@ -384,10 +384,10 @@ def _count(number: float) -> str:
     return f'{number:.1f}T'
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """A duration in two units: 42s, 1m20s, 5h02m, 3d04h.
 
-    >>> [_duration(s) for s in (0.4, 42, 80, 18_130, 273_600, None)]
+    >>> [duration(s) for s in (0.4, 42, 80, 18_130, 273_600, None)]
     ['0s', '42s', '1m20s', '5h02m', '3d04h', '?']
     """
     if seconds is None:
@@ -423,9 +423,9 @@ def compare(report: Mapping[str, Any], *, stream: TextIO | None = None) -> str:
     batch = report.get('inference_batch')
     rows = [
         ('accuracy', 'accuracy', lambda value: f'{value:.2%}'),
-        ('FLOPs (multiply-adds)', 'flops', _count),
-        ('parameters', 'params', _count),
-        ('activations (bytes)', 'activations', _count),
+        ('FLOPs (multiply-adds)', 'flops', count),
+        ('parameters', 'params', count),
+        ('activations (bytes)', 'activations', count),
         (
             f'inference of {batch} (ms)' if batch else 'inference (ms)',
             'milliseconds',

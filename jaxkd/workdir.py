@@ -11,7 +11,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import socket
+import sys
 from typing import Any
 
 import ml_collections
@@ -67,7 +69,8 @@ def claimed(
         if known:
             _check_same(workdir, known['config'], config)
         else:
-            write_json(workdir / 'config.json', {'config': record(config), 'versions': versions()})
+            content = {'config': record(config), 'versions': versions(), 'command': command()}
+            write_json(workdir / 'config.json', content)
         yield
 
 
@@ -87,12 +90,20 @@ def finished(
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all, with a SHA-256 of its own."""
+    write_text(path, json.dumps({**content, 'sha256': _digest(content)}, indent=2) + '\n')
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text, whole or not at all."""
     aside = path.with_suffix('.tmp')
-    with open(aside, 'w') as file:
-        file.write(json.dumps({**content, 'sha256': _digest(content)}, indent=2) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, 'w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_json(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -101,21 +112,41 @@ def read_json(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any] 
     Raises:
       CheckpointError: if it cannot be read, for lack of permission, say.
     """
-    try:
-        content = json.loads(path.read_bytes())
-        whole = content.pop('sha256') == _digest(content)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise errors.CheckpointError(path, f'cannot be read: {error.strerror}') from None
-    except (ValueError, TypeError, AttributeError, KeyError):  # no JSON, no object, no digest
-        whole = False
+    content, whole = _content(path)
     if whole:
         return content
     aside = path.with_name(f'{path.name}.damaged')
     path.replace(aside)
     say(f'{path}: is damaged; it was set aside as {aside.name} and is made again')
     return None
+
+
+def look_up(path: pathlib.Path) -> dict[str, Any] | None:
+    """`read_json` for somebody who only looks: a damaged file stays where it is.
+
+    One without a SHA-256 will do, as earlier versions wrote them.
+
+    Raises:
+      CheckpointError: if it is damaged or cannot be read.
+    """
+    content, whole = _content(path, unsigned=True)
+    if not whole:
+        raise errors.CheckpointError(path, 'is damaged; the command of its run makes it again')
+    return content
+
+
+def _content(path: pathlib.Path, unsigned: bool = False) -> tuple[dict[str, Any] | None, bool]:
+    """What is in a file, None if there is none, and whether that is what was written."""
+    try:
+        content = json.loads(path.read_bytes())
+        known = content.pop('sha256', None)
+        return content, known == _digest(content) or (unsigned and known is None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None, True
+    except OSError as error:
+        raise errors.CheckpointError(path, f'cannot be read: {error.strerror}') from None
+    except (ValueError, TypeError, AttributeError):  # no JSON, or no object
+        return None, False
 
 
 def corrupt_images(workdir: pathlib.Path, say: Callable[[str], None]) -> dict[str, str]:
@@ -139,6 +170,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command() -> str:
+    """The command that this process was started with."""
+    return shlex.join(['python', *sys.orig_argv[1:]])
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     # Of what comes back from JSON, where tuples are lists and keys are texts.
     text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
@@ -148,7 +184,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _check_same(
     workdir: pathlib.Path, there: Mapping[str, Any], config: ml_collections.ConfigDict
 ) -> None:
-    known, now = _flat(there), _flat(record(config))
+    known, now = flat(there), flat(record(config))
     differing = [
         f'{key} ({known.get(key)!r} there, {now.get(key)!r} now)'
         for key in sorted(known.keys() | now.keys())
@@ -163,11 +199,12 @@ def _check_same(
         )
 
 
-def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+def flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+    """A config's values by their names, such as 'teacher.epochs'."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {
         path: leaf
         for key, value in tree.items()
-        for path, leaf in _flat(value, f'{prefix}.{key}' if prefix else key).items()
+        for path, leaf in flat(value, f'{prefix}.{key}' if prefix else key).items()
     }

@@ -102,6 +102,18 @@ def test_run_meets_the_budget_and_tells(finished):
     gaps = [abs(r['share_flops'] - r['scheduled_flops']) for r in searched]
     last = searched[-1]['step']
     assert search['error'] == max(g for g, r in zip(gaps, searched) if r['step'] > last / 10)
+    for resource in ('flops', 'params'):
+        for name in ('teacher', 'compact'):
+            total = sum(row[resource][name] for row in report['layers'])
+            assert total == report[name][resource]
+    for name, confusion in report['confusion'].items():
+        confusion, classes = np.array(confusion), report['classes']
+        np.testing.assert_array_equal(confusion.sum(1), classes['images'])
+        np.testing.assert_array_equal(np.diag(confusion), classes[name])
+        assert np.trace(confusion) / confusion.sum() == report[name]['accuracy']
+    page = (workdir / 'report.html').read_text()
+    assert f'{compact["accuracy"]:.2%}' in page
+    assert 'python -m jaxkd.main --config=configs/mbv2.py' in page
     assert (workdir / 'search.png').read_bytes().startswith(b'\x89PNG')
     assert list(workdir.glob('events*'))
 

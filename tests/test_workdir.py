@@ -40,6 +40,7 @@ def test_a_damaged_record_is_set_aside_and_made_again(tmp_path, place):
     assert workdir.read_json(path, said.append) == {
         'config': workdir.record(CONFIG),
         'versions': workdir.versions(),
+        'command': workdir.command(),
     }
     damaged = before.replace(place, place.replace(place[-2:], '9')) if place else ''
     path.write_text(damaged)
@@ -47,6 +48,19 @@ def test_a_damaged_record_is_set_aside_and_made_again(tmp_path, place):
         assert path.read_text() == before
     assert len(said) == 1 and 'config.json.damaged' in said[0]
     assert (tmp_path / 'config.json.damaged').read_text() == damaged != before
+
+
+def test_who_only_looks_moves_nothing(tmp_path):
+    path = tmp_path / 'report.json'
+    assert workdir.look_up(path) is None
+    workdir.write_json(path, {'accuracy': 0.5})
+    assert workdir.look_up(path) == {'accuracy': 0.5}
+    path.write_text(path.read_text().replace('0.5', '0.6'))
+    with pytest.raises(errors.CheckpointError, match='report.json: is damaged'):
+        workdir.look_up(path)
+    assert [file.name for file in tmp_path.iterdir()] == ['report.json']
+    path.write_text('{"accuracy": 0.5}')  # as the first versions wrote it
+    assert workdir.look_up(path) == {'accuracy': 0.5}
 
 
 def test_a_finished_run_is_known_by_its_report(tmp_path):

@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxkd import charts, watch
+from jaxkd import workdir as records
 
 if TYPE_CHECKING:
     from jaxkd.report import Curve
@@ -305,34 +306,28 @@ def _channels(groups: Rows) -> str:
     return _section(
         'Channels kept',
         f'<p>{kept:,} of {size:,} channels. {whole} of {len(groups)} groups of channels, which are '
-        'kept or removed together, are as wide as they were.</p>'
-        + _bars(heads, lines, fills=(len(heads) - 3,)),
+        'kept or removed together, are as wide as they were.</p>' + _bars(heads, lines),
     )
 
 
 def _costs(layers: Rows) -> str:
     blocks = by_block(layers)
-    most = [max(max(getattr(block, key)) for block in blocks) or 1 for key in ('flops', 'params')]
-    lines = [
-        [
-            _e(block.name),
-            *(
-                cell
-                for (teacher, compact), top in zip((block.flops, block.params), most, strict=True)
-                for cell in (
-                    charts.bar(teacher, compact, top),
-                    f'{watch.count(compact)}<span class="quiet"> / {watch.count(teacher)}</span>',
-                )
-            ),
+    tables = []
+    for key in ('flops', 'params'):
+        costs = {block.name: getattr(block, key) for block in blocks}
+        most = max(map(max, costs.values())) or 1
+        lines = [
+            (
+                _e(name),
+                charts.bar(teacher, compact, most),
+                watch.count(compact),
+                watch.count(teacher),
+            )
+            for name, (teacher, compact) in costs.items()
         ]
-        for block in blocks
-    ]
-    heads = ['block', 'multiply-adds', '', 'parameters', '']
-    return _section(
-        'Cost by block',
-        '<p>What each part of the network costs now, and what it cost.</p>'
-        + _bars(heads, lines, fills=(1, 3)),
-    )
+        heads = ('block', '', 'now', 'before')
+        tables.append(f'<h3>{RESOURCES[key]}</h3>{_bars(heads, lines)}')
+    return _section('Cost by block', _columns(tables))
 
 
 def _search(stage: str, curves: Mapping[str, Curve], report: Mapping[str, Any]) -> str:
@@ -398,7 +393,7 @@ def _training(rows: Rows, report: Mapping[str, Any]) -> str:
         if drawn(measure)
     ]
     best, seconds = report.get('best', {}), report.get('seconds', {})
-    table = [('stage', 'steps', 'time', 'validation at the end', 'best', 'at step')]
+    table = [('stage', 'steps', 'time', 'validation', 'best', 'at step')]
     for stage, own in by_stage.items():
         last = [row['validation_accuracy'] for row in own if row.get('validation_accuracy')]
         table.append(
@@ -448,8 +443,8 @@ def _classes(report: Mapping[str, Any]) -> str:
     figure = _figure(
         'What the compact network takes for what',
         f'<div class="scroll matrix">{matrix}</div>',
-        'Rows are what images show, columns what was answered; the darker, the larger its share of '
-        'the row.',
+        'Rows are what images show, columns what was answered; the stronger the colour, the larger '
+        'the share of the row.',
     )
     return _section('Classes', _columns([figure, changed]))
 
@@ -491,8 +486,11 @@ def _repeat(report: Mapping[str, Any], command: str | None) -> str:
     if report.get('corrupt_images'):
         content += f'<p>{len(report["corrupt_images"])} images could not be read.</p>'
     content += _table(facts, left=(0, 1))
-    config = _e(json.dumps(report['config'], indent=2, ensure_ascii=False))
-    content += f'<details><summary>The whole config</summary><pre>{config}</pre></details>'
+    settings = '\n'.join(
+        f'{key} = {json.dumps(value, ensure_ascii=False)}'
+        for key, value in records.flat(report['config']).items()
+    )
+    content += f'<details><summary>The whole config</summary><pre>{_e(settings)}</pre></details>'
     return _section('Do it again', content)
 
 
@@ -533,21 +531,21 @@ def _table(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _bars(heads: Sequence[str], lines: Iterable[Sequence[str]], fills: Sequence[int]) -> str:
-    """A table whose cells are HTML, with bars in the columns `fills`, which take the room left."""
-    head = ''.join(_cell(head, 'col', 'left' if i in fills else '') for i, head in enumerate(heads))
-    body = ''.join(
-        '<tr>'
-        + ''.join(
-            _cell(content, '' if i else 'row', 'fill' if i in fills else '')
-            for i, content in enumerate(line)
+def _bars(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML; the column without a name has bars, and takes the room left."""
+    fill = heads.index('')
+
+    def line(row: Sequence[str], scopes: Sequence[str]) -> str:
+        cells = (
+            _cell(content, scope, 'fill' if i == fill else '')
+            for i, (content, scope) in enumerate(zip(row, scopes, strict=True))
         )
-        + '</tr>'
-        for line in lines
-    )
-    style = 'bars two' if len(fills) > 1 else 'bars'
+        return f'<tr>{"".join(cells)}</tr>'
+
+    head = line(heads, ['col' if head else '' for head in heads])
+    body = ''.join(line(row, ['row', *[''] * (len(heads) - 1)]) for row in lines)
     return (
-        f'<div class="scroll"><table class="{style}"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="bars"><thead>{head}</thead>'
         f'<tbody>{body}</tbody></table></div>'
     )
 

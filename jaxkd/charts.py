@@ -17,6 +17,8 @@ COLOURS = 6
 # Units of an SVG's own coordinates: its size, and the room around what is drawn in it.
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46
+# A character of the largest text, on a telephone.
+CHARACTER = 9.5
 # Two rows for the names of stages, so that those of short ones do not meet.
 BANDS = 40
 # More points than these of one line cannot be told apart.
@@ -88,7 +90,7 @@ def lines(
     *,
     title: str,
     about: str,
-    x: str,
+    x: str = 'step',
     bands: Sequence[Band] = (),
     zero: bool = True,
 ) -> str:
@@ -112,9 +114,12 @@ def lines(
     parts = [_axes(horizontal, vertical, x)]
     for i, band in enumerate(bands):
         start = horizontal(band.start)
+        beside = f'x="{start + 4:.1f}"'
+        if start + CHARACTER * len(band.name) > WIDTH - RIGHT:
+            beside = f'class="end" x="{WIDTH - RIGHT}"'
         parts.append(
             f'<line class="band" x1="{start:.1f}" x2="{start:.1f}" y1="4" y2="{vertical.start}"/>'
-            f'<text x="{start + 4:.1f}" y="{15 + i % 2 * 17}">{html.escape(band.name)}</text>'
+            f'<text {beside} y="{15 + i % 2 * 17}">{html.escape(band.name)}</text>'
         )
     for line in drawn:
         heights = [None if value is None else vertical(value) for value in line.y]
@@ -161,11 +166,10 @@ def scatter(
     vertical = Axis(min(values) - room, max(values) + room, HEIGHT - BOTTOM, TOP)
     parts = [_axes(horizontal, vertical, x)]
     at = [(horizontal(point.x), vertical(point.y)) for point in points]
-    path = ' '.join(
-        f'{"H" if i else "M"}{x:.1f}{" V" if i else ","}{y:.1f}'
-        for i, (x, y) in enumerate(at[i] for i in front)
-    )
-    parts.append(f'<path class="line front" d="{path} H{WIDTH - RIGHT}"/>')
+    (left, top), *rest = [at[i] for i in front]
+    steps = ''.join(f' H{px:.1f} V{py:.1f}' for px, py in rest)
+    path = f'M{left:.1f},{top:.1f}{steps} H{WIDTH - RIGHT}'
+    parts.append(f'<path class="line front" d="{path}"/>')
     taken: list[tuple[float, float]] = []
     for point, (px, py) in zip(points, at, strict=True):
         parts.append(

@@ -86,7 +86,8 @@ def run(
 
 
 def comparison(
-    cells: Sequence[Sequence[str]],
+    results: Sequence[Sequence[str]],
+    settings: Sequence[Sequence[str]],
     networks: Sequence[Network],
     fronts: Mapping[str, Sequence[int]],
     data: Sequence[str],
@@ -94,12 +95,12 @@ def comparison(
     """The page of several runs.
 
     Args:
-      cells: the rows of their table, numbered in order; the first has the names of the columns.
+      results: the rows of their table; the first has the names of the columns.
+      settings: those of a table of what differs in their configs; empty where nothing does.
       networks: the points of the charts.
       fronts: by resource, which of the networks none is better than.
       data: the names of the data sets.
     """
-    table = [('', *cells[0]), *((str(i), *row) for i, row in enumerate(cells[1:], 1))]
     drawn = [
         _figure(
             f'Accuracy against {RESOURCES[resource].lower()}',
@@ -123,24 +124,20 @@ def comparison(
         )
         for resource, front in fronts.items()
     ]
-    mixed = (
-        f'<p>These runs are of different data ({_e(", ".join(data))}), whose accuracies do not '
-        'compare.</p>'
-        if len(data) > 1
-        else ''
-    )
-    lead = f'<p>{len(cells) - 1} runs on {_e(", ".join(data))}.</p>{mixed}'
+    mixed = ', whose accuracies do not compare' if len(data) > 1 else ''
+    lead = f'<p>{len(results) - 1} runs on {_e(", ".join(data))}{mixed}.</p>'
     return _page(
         'Runs beside each other',
         lead,
         [
-            _section('Results', _table(table, left=(0, 1, len(table[0]) - 1))),
+            _section('Results', _table(results, left=(1, len(results[0]) - 1))),
             _section(
                 'Accuracy against cost',
                 '<p>Filled points are compact networks, rings their teachers, numbered as in the '
                 'table. The dotted line joins the networks that no other is as good as at their '
                 'cost or less.</p>' + _columns(drawn),
             ),
+            _section('What differs', _table(settings)) if settings else '',
         ],
     )
 
@@ -188,11 +185,9 @@ def _page(title: str, lead: str, sections: Iterable[str]) -> str:
 def _lead(report: Mapping[str, Any]) -> str:
     teacher, compact = report['teacher'], report['compact']
     points = 100 * (compact['accuracy'] - teacher['accuracy'])
-    than = (
-        'as often as its teacher'
-        if not round(points, 2)
-        else (f'{abs(points):.2f} points {"more" if points > 0 else "less"} often than its teacher')
-    )
+    than = 'as often as the teacher'
+    if round(points, 2):
+        than = f'{abs(points):.2f} points {"more" if points > 0 else "less"} often than the teacher'
     seconds = sum(report.get('seconds', {}).values())
     facts = [
         f'seed {report["seed"]}' if 'seed' in report else '',
@@ -200,20 +195,14 @@ def _lead(report: Mapping[str, Any]) -> str:
         f'on {report["device"]}' if 'device' in report else '',
         f'jaxkd {report["versions"]["jaxkd"]}' if 'versions' in report else '',
     ]
-    return (
-        f'<p>A network with {_e(_times(teacher["flops"], compact["flops"]))} multiply-adds and '
-        f'{_e(_times(teacher["params"], compact["params"]))} parameters, taught by the one that it '
-        f'was cut from. It is right on {compact["accuracy"]:.2%} of the test images, {than}.</p>'
-        f'<p class="quiet">{_e(" · ".join(filter(None, facts)))}</p>'
+    flops, params = (
+        _saving(teacher[key], compact[key], ('fewer', 'more', 'as many'))[0]
+        for key in ('flops', 'params')
     )
-
-
-def _times(teacher: float, compact: float) -> str:
-    """'2.00× fewer', '1.20× more' or 'as many'."""
-    if teacher == compact or not compact or not teacher:
-        return 'as many'
     return (
-        f'{teacher / compact:.2f}× fewer' if compact < teacher else f'{compact / teacher:.2f}× more'
+        f'<p>A network with {flops} multiply-adds and {params} parameters, made from its teacher. '
+        f'It is right on {compact["accuracy"]:.2%} of the test images, {than}.</p>'
+        f'<p class="quiet">{_e(" · ".join(filter(None, facts)))}</p>'
     )
 
 
@@ -234,16 +223,20 @@ def _result(report: Mapping[str, Any]) -> str:
             _card(
                 RESOURCES[key],
                 watch.count(compact[key]),
-                *_saving(teacher[key], compact[key], ('smaller', 'larger')),
+                *_saving(teacher[key], compact[key], ('smaller', 'larger', 'unchanged')),
                 f'teacher {watch.count(teacher[key])}',
             )
         )
     if compact.get('milliseconds') and teacher.get('milliseconds'):
         cards.append(
             _card(
-                f'Inference of {report["inference_batch"]} images',
+                _inference(report),
                 f'{compact["milliseconds"]:.3g} ms',
-                *_saving(teacher['milliseconds'], compact['milliseconds'], ('faster', 'slower')),
+                *_saving(
+                    teacher['milliseconds'],
+                    compact['milliseconds'],
+                    ('faster', 'slower', 'unchanged'),
+                ),
                 f'teacher {teacher["milliseconds"]:.3g} ms',
             )
         )
@@ -274,13 +267,18 @@ def _card(name: str, number: str, change: str, style: str, beside: str) -> str:
     )
 
 
-def _saving(teacher: float, compact: float, words: tuple[str, str]) -> tuple[str, str]:
-    """'2.00× smaller', and the class that colours it."""
+def _saving(teacher: float, compact: float, words: tuple[str, str, str]) -> tuple[str, str]:
+    """'2.00× smaller', and the class that colours it; the words are for less, more and as much."""
     if teacher == compact:
-        return 'unchanged', ''
+        return words[2], ''
     if compact < teacher:
         return f'{teacher / compact:.2f}× {words[0]}', 'up'
     return f'{compact / teacher:.2f}× {words[1]}', 'down'
+
+
+def _inference(report: Mapping[str, Any]) -> str:
+    batch = report.get('inference_batch')
+    return f'Inference of {batch} images' if batch else 'Inference'
 
 
 def _signed(number: float, digits: int) -> str:
@@ -345,18 +343,20 @@ def _search(stage: str, curves: Mapping[str, Curve], report: Mapping[str, Any]) 
         for name, curve in curves.items()
     )
     error = report.get('search', {}).get('error') if stage == 'search' else None
-    told = '<p>Channels pay for what they cost; λ is what is charged, steered so that what is '
-    told += 'alive follows the schedule down to the budget.'
+    told = (
+        '<p>Channels pay for what they cost; λ is what is charged, steered so that what is alive '
+        'follows the schedule down to the budget.'
+    )
     if error is not None:
         told += f' After the first tenth it was never more than {error:.1%} of the network off.'
     return _section(
-        f'The {stage}',
+        'The search' if stage == 'search' else f'The search, {stage.removeprefix("search")}',
         told
         + '</p>'
         + _columns(
             [
-                _chart('Cost alive, as a share of the start', alive, about=about, x='step'),
-                _chart('λ', penalties, about='What channels are charged.', x='step'),
+                _chart('Cost alive, as a share of the start', alive, about=about),
+                _chart('λ', penalties, about='What channels are charged.'),
             ]
         ),
     )
@@ -385,7 +385,7 @@ def _training(rows: Rows, report: Mapping[str, Any]) -> str:
         return found
 
     figures = [
-        _chart(name, drawn(measure), about=about, x='step', bands=bands, zero=measure == 'loss')
+        _chart(name, drawn(measure), about=about, bands=bands, zero=measure == 'loss')
         for name, measure, about in (
             ('Accuracy', 'accuracy', 'Of training and validation images.'),
             ('Loss', 'loss', 'What is minimized, and the cross-entropy of validation.'),
@@ -458,10 +458,9 @@ def _speed(report: Mapping[str, Any]) -> str:
 
     teacher, compact = report['teacher'], report['compact']
     if compact.get('milliseconds') and teacher.get('milliseconds'):
-        name = f'inference of {report["inference_batch"]} images, measured'
-        row(name, teacher['milliseconds'], compact['milliseconds'])
+        row(_inference(report), teacher['milliseconds'], compact['milliseconds'])
     for kind, seconds in report.get('latency', {}).items():
-        name = f'latency of one image, {kind}'
+        name = f'Latency of one image, {kind}'
         row(name, 1000 * seconds['teacher'], 1000 * seconds['compact'])
     content = _table(cells) if len(cells) > 1 else ''
     if report.get('export'):
@@ -485,7 +484,7 @@ def _repeat(report: Mapping[str, Any], command: str | None) -> str:
     content = f'<p>Started with</p><pre>{_e(command)}</pre>' if command else ''
     if report.get('corrupt_images'):
         content += f'<p>{len(report["corrupt_images"])} images could not be read.</p>'
-    content += _table(facts, left=(0, 1))
+    content += _table(facts, left=(1,))
     settings = '\n'.join(
         f'{key} = {json.dumps(value, ensure_ascii=False)}'
         for key, value in records.flat(report['config']).items()
@@ -511,49 +510,41 @@ def _chart(title: str, drawn: Sequence[charts.Line], **how: Any) -> str:
     return _figure(title, charts.legend(drawn) + charts.lines(drawn, title=title, **how))
 
 
-def _table(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> str:
-    """A table of texts, which are escaped; the first row has the names of the columns.
+def _table(rows: Sequence[Sequence[str]], left: Iterable[int] = ()) -> str:
+    """A table of texts, which are escaped; those in the columns `left` are flush left."""
+    cells = [[_e(text) for text in row] for row in rows]
+    return _grid(cells, dict.fromkeys(left, 'left'))
 
-    Without such names the first column has the names of the rows, as it always does.
+
+def _bars(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML; the column without a name has bars, and takes the room left."""
+    return _grid([heads, *lines], {heads.index(''): 'fill'}, 'bars')
+
+
+def _grid(rows: Sequence[Sequence[str]], styles: Mapping[int, str], style: str = 'numbers') -> str:
+    """A table of cells of HTML.
+
+    Args:
+      rows: the first has the names of the columns, if they have any. The first cell of each other
+        one is its name.
+      styles: classes of columns.
+      style: class of the table.
     """
-    left = set(left)
 
     def line(row: Sequence[str], scopes: Sequence[str]) -> str:
-        cells = (
-            _cell(_e(text), scope, 'left' if i in left else '')
-            for i, (text, scope) in enumerate(zip(row, scopes, strict=True))
-        )
+        cells = []
+        for i, (content, scope) in enumerate(zip(row, scopes, strict=True)):
+            tag = 'th' if scope else 'td'
+            told = f' scope="{scope}"' if scope else ''
+            told += f' class="{styles[i]}"' if i in styles else ''
+            cells.append(f'<{tag}{told}>{content}</{tag}>')
         return f'<tr>{"".join(cells)}</tr>'
 
     named = ['col' if name else '' for name in rows[0]]
     head = f'<thead>{line(rows[0], named)}</thead>' if any(named) else ''
     body = ''.join(line(row, ['row', *[''] * (len(row) - 1)]) for row in rows[1:])
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _bars(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table whose cells are HTML; the column without a name has bars, and takes the room left."""
-    fill = heads.index('')
-
-    def line(row: Sequence[str], scopes: Sequence[str]) -> str:
-        cells = (
-            _cell(content, scope, 'fill' if i == fill else '')
-            for i, (content, scope) in enumerate(zip(row, scopes, strict=True))
-        )
-        return f'<tr>{"".join(cells)}</tr>'
-
-    head = line(heads, ['col' if head else '' for head in heads])
-    body = ''.join(line(row, ['row', *[''] * (len(heads) - 1)]) for row in lines)
-    return (
-        f'<div class="scroll"><table class="bars"><thead>{head}</thead>'
-        f'<tbody>{body}</tbody></table></div>'
-    )
-
-
-def _cell(content: str, scope: str, style: str) -> str:
-    """A cell of a table; one with a scope names its row or column."""
-    attributes = (f' scope="{scope}"' if scope else '') + (f' class="{style}"' if style else '')
-    return f'<th{attributes}>{content}</th>' if scope else f'<td{attributes}>{content}</td>'
+    table = f'<table class="{style}">{head}<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _e(value: Any) -> str:

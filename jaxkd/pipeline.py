@@ -982,7 +982,7 @@ def write_down(
         result['latency'] = _latency(plan.graph, networks)
     result |= classes  # last, since they can be long
     records.write_json(setup.workdir / 'report.json', result)
-    telling.write_page(setup.workdir, result)
+    setup.display.message(f'report: {telling.write_page(setup.workdir, result)}')
     return result
 
 

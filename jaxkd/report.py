@@ -7,7 +7,8 @@ python -m jaxkd.report DIR DIR …       compares the runs
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import json
 import os
 import pathlib
 import sys
@@ -175,21 +176,27 @@ def by_class(
     return told
 
 
-def write_page(workdir: str | os.PathLike, report: Mapping[str, Any]) -> pathlib.Path:
-    """Writes a run's `report.html`, of its report and of what else is in its workdir; the path.
+def write_page(
+    workdir: str | os.PathLike, report: Mapping[str, Any], path: pathlib.Path | None = None
+) -> pathlib.Path:
+    """Writes the page of a run, of its report and of what else is in its workdir.
+
+    Args:
+      workdir: of the run.
+      report: of the run.
+      path: of the page; by default `report.html` in the workdir.
+
+    Returns:
+      The path.
 
     Raises:
       CheckpointError: for a damaged file.
     """
-    return _write_run(pathlib.Path(workdir), report, pathlib.Path(workdir) / 'report.html')
-
-
-def _write_run(
-    workdir: pathlib.Path, report: Mapping[str, Any], path: pathlib.Path
-) -> pathlib.Path:
+    workdir = pathlib.Path(workdir)
+    path = path or workdir / 'report.html'
     rows = metrics.read_metrics(workdir)
-    searches = [name for name in dict.fromkeys(row['stage'] for row in rows) if 'search' in name]
-    curves = {name: search_curves(workdir, name) for name in searches}
+    stages = dict.fromkeys(row['stage'] for row in rows)
+    curves = {name: search_curves(workdir, name) for name in stages if name.startswith('search')}
     started = records.look_up(workdir / 'config.json') or {}
     records.write_text(path, page.run(report, rows, curves, started.get('command')))
     return path
@@ -213,35 +220,6 @@ def read_report(folder: str | os.PathLike) -> dict[str, Any]:
 # Runs beside each other
 
 
-class Run(NamedTuple):
-    """One of several runs.
-
-    Attributes:
-      name: its folder.
-      report: of it.
-      settings: of its config, those that not all of the runs have in common.
-    """
-
-    name: str
-    report: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-
-def side_by_side(folders: Iterable[str | os.PathLike]) -> list[Run]:
-    """The runs in some folders; errors as `read_report` has them."""
-    reports = {os.fspath(folder): read_report(folder) for folder in folders}
-    configs = {name: records.flat(report['config']) for name, report in reports.items()}
-    differing = [
-        key
-        for key in dict.fromkeys(key for config in configs.values() for key in config)
-        if len({repr(config.get(key)) for config in configs.values()}) > 1
-    ]
-    return [
-        Run(name, report, {key: configs[name][key] for key in differing if key in configs[name]})
-        for name, report in reports.items()
-    ]
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points, (cost, accuracy), that no other is as good as in both; in the order of cost.
 
@@ -255,10 +233,11 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """The rows of a table of runs, and the names of its columns above them."""
+def comparison(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of a table of runs, below the names of its columns, from their reports by folder."""
     cells = [
         (
+            '',
             'run',
             'accuracy',
             'points',
@@ -268,38 +247,47 @@ def comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
             'parameters',
             'of teacher',
             'budget',
-            'settings',
         )
     ]
-    for run in runs:
-        teacher, compact = run.report['teacher'], run.report['compact']
+    for number, (name, report) in enumerate(reports.items(), 1):
+        teacher, compact = report['teacher'], report['compact']
         costs = (
             cell
             for key in ('flops', 'params')
             for cell in (watch.count(compact[key]), f'{compact[key] / teacher[key]:.1%}')
         )
-        budget = (f'{key} {most:g}' for key, most in run.report['budget'].items())
         cells.append(
             (
-                run.name,
+                str(number),
+                name,
                 f'{compact["accuracy"]:.2%}',
                 f'{100 * (compact["accuracy"] - teacher["accuracy"]):+.2f}',
                 f'{teacher["accuracy"]:.2%}',
                 *costs,
-                ', '.join(budget),
-                ' '.join(f'{key}={value}' for key, value in run.settings.items()),
+                ', '.join(f'{key} {most:g}' for key, most in report['budget'].items()),
             )
         )
     return cells
 
 
-def compare(runs: Sequence[Run], path: pathlib.Path) -> str:
-    """Writes the page that compares some runs; the same as a table of text."""
-    cells = comparison(runs)
+def differences(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of a table of the settings that not all runs have in common, below the runs' numbers
+    in `comparison`; empty without any."""
+    configs = [records.flat(report['config']) for report in reports.values()]
+    cells = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [json.dumps(config.get(key)) for config in configs]
+        if len(set(values)) > 1:
+            cells.append((key, *values))
+    return [('setting', *map(str, range(1, len(configs) + 1))), *cells] if cells else []
+
+
+def compare(reports: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> str:
+    """Writes the page that compares some runs, of their reports by folder; its tables as text."""
     found: dict[tuple[Any, ...], list[str]] = {}
-    for number, run in enumerate(runs, 1):
+    for number, report in enumerate(reports.values(), 1):
         for kind in ('teacher', 'compact'):
-            told = run.report[kind]
+            told = report[kind]
             key = kind, told['accuracy'], told['flops'], told['params']
             found.setdefault(key, []).append(str(number))  # runs may share their teacher
     networks = [page.Network(', '.join(numbers), *key) for key, numbers in found.items()]
@@ -307,9 +295,11 @@ def compare(runs: Sequence[Run], path: pathlib.Path) -> str:
         resource: pareto([(getattr(n, resource), n.accuracy) for n in networks])
         for resource in ('flops', 'params')
     }
-    data = list(dict.fromkeys(run.report['config']['data']['name'] for run in runs))
-    records.write_text(path, page.comparison(cells, networks, fronts, data))
-    return tables.grid(cells, left=(0, len(cells[0]) - 2, len(cells[0]) - 1))
+    data = list(dict.fromkeys(report['config']['data']['name'] for report in reports.values()))
+    results, settings = comparison(reports), differences(reports)
+    records.write_text(path, page.comparison(results, settings, networks, fronts, data))
+    text = tables.grid(results, left=(1, len(results[0]) - 1))
+    return f'{text}\n\n{tables.grid(settings, left=(0,))}' if settings else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -337,18 +327,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(flags: argparse.Namespace) -> None:
     folders = list(dict.fromkeys(map(os.path.normpath, flags.folders)))
-    runs = side_by_side(folders)
-    alone = pathlib.Path(folders[0]) if len(runs) == 1 else None
-    path = flags.out or (alone / 'report.html' if alone else pathlib.Path('comparison.html'))
+    reports = {folder: read_report(folder) for folder in folders}
+    path = flags.out
     try:
-        if alone:
-            _write_run(alone, runs[0].report, path)
-            text = watch.compare(runs[0].report)
+        if len(folders) == 1:
+            path = write_page(folders[0], reports[folders[0]], path)
+            text = watch.compare(reports[folders[0]])
         else:
-            text = compare(runs, path)
+            path = path or pathlib.Path('comparison.html')
+            text = compare(reports, path)
     except OSError as error:
         why = f'it cannot be written: {error.strerror or error}'
-        raise errors.ConfigError('--out', str(path), why=why) from None
+        raise errors.ConfigError('--out', str(path or folders[0]), why=why) from None
     print(f'{text}\nwrote {path}')
 
 

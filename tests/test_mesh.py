@@ -243,6 +243,7 @@ def test_two_processes_killed_and_resumed_end_where_one_does(tmp_path):
     assert any(row['kept'] % 4 for row in report['blocks'])
     for name in ('teacher', 'compact'):
         assert report[name]['accuracy'] == pytest.approx(one[name]['accuracy'], abs=2 / 540)
+        assert np.sum(report['confusion'][name]) == 540
     assert (workdir / 'compact').is_dir() and (workdir / 'search.png').exists()
 
     statuses, lines = Run(workdir, 2, 2, '--config.seed=5').end()

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from jaxkd import charts, metrics, page, report
+from jaxkd import charts, metrics, report
 from jaxkd import workdir as records
 
 NASTY = '<script>alert("1")</script>&\'"'
@@ -157,22 +157,10 @@ def test_everything_from_outside_is_escaped(workdir):
     ElementTree.fromstring(body)
 
 
-def test_layers_in_blocks():
-    """Below the module that all are in, those of `a` together."""
-    cost = {'teacher': 4, 'compact': 1}
-    layers = [
-        {'layer': layer, 'flops': cost, 'params': cost} for layer in ('net/a/x', 'net/a/y', 'net/b')
-    ]
-    assert page.by_block(layers) == [
-        page.Cost('a', (8, 2), (8, 2)),
-        page.Cost('b', (4, 1), (4, 1)),
-    ]
-
-
 def test_lines_are_where_their_numbers_are():
     """From the lower left to the upper right corner; broken where there is no number."""
     drawn = [charts.Line('a', [0, 5, 10, 15, 20], [0.0, None, 1.0, 2.0, 4.0], 'c0')]
-    svg = ElementTree.fromstring(charts.lines(drawn, title='t', about='', x='step'))
+    svg = ElementTree.fromstring(charts.lines(drawn, title='t', about=''))
     (path,) = [element for element in svg if element.get('class') == 'line c0']
     left, right, low, high = 52, 506, 204, 12
     width, height = right - left, low - high
@@ -183,7 +171,7 @@ def test_lines_are_where_their_numbers_are():
 
 def test_long_lines_are_thinned_to_their_ends():
     drawn = [charts.Line('a', range(100_000), [1.0] * 100_000, 'c0')]
-    svg = charts.lines(drawn, title='t', about='', x='step')
+    svg = charts.lines(drawn, title='t', about='')
     assert len(svg) < 20_000 and 'L506.0,12.0"' in svg
 
 
@@ -199,13 +187,14 @@ def test_several_runs(tmp_path, capsys):
     ]
     out = tmp_path / 'page.html'
     assert report.main([*runs, f'--out={out}']) == 0
-    head, first, second, last = capsys.readouterr().out.splitlines()
+    head, first, second, _, settings, seed, last = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ['run', 'accuracy', 'points']
     for line, told in (
-        (first, '95.00% +5.00 90.00% 500 50.0% 250 50.0% flops 0.5 seed=0'),
-        (second, '85.00% -5.00 90.00% 250 25.0% 100 20.0% params 0.2 seed=1'),
+        (first, '95.00% +5.00 90.00% 500 50.0% 250 50.0% flops 0.5'),
+        (second, '85.00% -5.00 90.00% 250 25.0% 100 20.0% params 0.2'),
     ):
-        assert ' '.join(line.split()[1:]) == told
+        assert ' '.join(line.split()[2:]) == told
+    assert settings.split() == ['setting', '1', '2'] and seed.split() == ['seed', '0', '1']
     assert last == f'wrote {out}'
     text = out.read_text()
     assert '&lt;b&gt;' in text and '<b>' not in text

@@ -67,6 +67,9 @@ def test_steps_learn_and_move_everything():
     assert everything['accuracy'] > 0.5
     assert everything['accuracy'] == odd['accuracy']  # the filled-up batch counts nobody twice
     np.testing.assert_allclose(everything['loss'], odd['loss'], rtol=1e-5)
+    predict_step = train.make_predict_step(model, PREPROCESSING, mesh)
+    found = train.predict(predict_step, train.averaged(state), examples, 77, mesh)
+    assert np.mean(found == examples.split.labels) == everything['accuracy']
 
 
 def test_images_from_the_host_train_alike():

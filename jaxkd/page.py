@@ -521,14 +521,14 @@ def _bars(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return _grid([heads, *lines], {heads.index(''): 'fill'}, 'bars')
 
 
-def _grid(rows: Sequence[Sequence[str]], styles: Mapping[int, str], style: str = 'numbers') -> str:
+def _grid(rows: Sequence[Sequence[str]], styles: Mapping[int, str], style: str = '') -> str:
     """A table of cells of HTML.
 
     Args:
       rows: the first has the names of the columns, if they have any. The first cell of each other
         one is its name.
       styles: classes of columns.
-      style: class of the table.
+      style: class of the table, if it has one.
     """
 
     def line(row: Sequence[str], scopes: Sequence[str]) -> str:
@@ -543,8 +543,8 @@ def _grid(rows: Sequence[Sequence[str]], styles: Mapping[int, str], style: str =
     named = ['col' if name else '' for name in rows[0]]
     head = f'<thead>{line(rows[0], named)}</thead>' if any(named) else ''
     body = ''.join(line(row, ['row', *[''] * (len(row) - 1)]) for row in rows[1:])
-    table = f'<table class="{style}">{head}<tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+    opened = f'<table class="{style}">' if style else '<table>'
+    return f'<div class="scroll">{opened}{head}<tbody>{body}</tbody></table></div>'
 
 
 def _e(value: Any) -> str:

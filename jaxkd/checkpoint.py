@@ -137,6 +137,8 @@ def read_plain(path: str | os.PathLike, collections: Collection[str]) -> dict:
         with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in collections if name in tree}
+            if not wanted:  # orbax takes that for a tree of another kind
+                return {}
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(wanted, restore_args=numpy, partial_restore=True)
             return checkpointer.restore(path, args)

@@ -438,8 +438,8 @@ def _transformers_mobilevit_block(ours: str, theirs: str, depth: int) -> Iterato
 TENSORFLOW = {'bn_epsilon': 1e-3, 'padding': 'SAME'}
 _TIMM = always({'bn_epsilon': 1e-5}, TENSORFLOW)  # the second are those that it calls tf_…
 
-# The first library is the one that weights are written for. Where two give the same names, they are
-# one entry.
+# The first library is the one that weights are written for, and the one that names which several
+# give are taken to be of.
 SOURCES: dict[type[nn.Module], dict[str, Source]] = {
     mobilenet_v1.MobileNetV1: {
         'transformers': Source(
@@ -462,11 +462,15 @@ SOURCES: dict[type[nn.Module], dict[str, Source]] = {
         'transformers': Source(_transformers_efficientnet, always(TENSORFLOW)),
     },
     resnet.ResNet: {
-        'torchvision or timm': Source(_torchvision_resnet),
+        'torchvision': Source(_torchvision_resnet),
+        'timm': Source(_torchvision_resnet),
         'transformers': Source(_transformers_resnet),
     },
     vgg.VGG: {'torchvision': Source(_torchvision_vgg), 'timm': Source(_timm_vgg)},
-    densenet.DenseNet: {'torchvision or timm': Source(_torchvision_densenet)},
+    densenet.DenseNet: {
+        'torchvision': Source(_torchvision_densenet),
+        'timm': Source(_torchvision_densenet),
+    },
     regnet.RegNetY: {
         'torchvision': Source(_torchvision_regnet),
         'timm': Source(_timm_regnet),

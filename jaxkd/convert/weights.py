@@ -136,7 +136,7 @@ def to_torch(variables: Any, model: nn.Module, library: str | None = None) -> di
       ValueError: a library without a table for the model, or two variables of one name.
     """
     leaves = _flat(variables)
-    tensors = _tensors(leaves, model, _library(model, library))
+    tensors = arranged(leaves, model, _library(model, library))
     return {
         tensor.name: layouts.to_theirs(np.asarray(leaves[name]), tensor.order)
         for name, tensor in tensors.items()
@@ -161,7 +161,7 @@ def describe(
     """
     library = _library(model)
     leaves = _flat(variables)
-    tensors = _tensors(leaves, model, library)
+    tensors = arranged(leaves, model, library)
     layers: dict[str, dict[str, Any]] = {}
 
     def record(call, args, kwargs, context):
@@ -228,7 +228,7 @@ def _library(model: nn.Module, library: str | None = None) -> str | None:
     return library or next(iter(known), None)
 
 
-def _tensors(shapes: Mapping[str, Any], model: nn.Module, library: str | None) -> dict[str, Tensor]:
+def arranged(shapes: Mapping[str, Any], model: nn.Module, library: str | None) -> dict[str, Tensor]:
     """PyTorch's name and layout of each variable."""
     rows = {}
     if library is not None:
@@ -264,8 +264,8 @@ def _flax(shapes: Mapping[str, Any], separator: str) -> dict[str, Tensor]:
 def _candidates(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Whatever a file may call the variables."""
     return {
-        **{lib: _tensors(shapes, model, lib) for lib in names.SOURCES.get(type(model), {})},
-        OWN_NAMES: _tensors(shapes, model, None),
+        **{lib: arranged(shapes, model, lib) for lib in names.SOURCES.get(type(model), {})},
+        OWN_NAMES: arranged(shapes, model, None),
         'Flax': _flax(shapes, '/'),
         "Flax's names with dots": _flax(shapes, '.'),
     }

@@ -141,6 +141,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # `python -m jaxkd.convert` or orbax wrote, or .safetensors.
             'checkpoint': config_dict.placeholder(str),
             'tune_epochs': config_dict.placeholder(float),
+            # A regular expression over the paths of parameters that begin anew, such as
+            # 'classifier/' where the weights are of other classes.
+            'fresh': config_dict.placeholder(str),
         }
     )
     config.search = (

@@ -17,10 +17,12 @@ import functools
 import math
 import os
 import pathlib
+import re
 import statistics
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -97,6 +99,7 @@ class Plan(NamedTuple):
       budgets: that set a limit.
       losses: of search and distillation where the config lists them; else empty.
       weights: that the teacher begins with, or has; None where it is trained from scratch.
+        Without those of the layers that begin anew.
     """
 
     model: nn.Module
@@ -396,6 +399,9 @@ def _check_teacher(config: ml_collections.ConfigDict) -> None:
     if teacher.tune_epochs is not None and not teacher.checkpoint:
         why = 'they are for the weights of a teacher.checkpoint; set teacher.epochs'
         raise errors.ConfigError('teacher.tune_epochs', teacher.tune_epochs, why=why)
+    if teacher.fresh is not None and not teacher.tune_epochs:
+        why = 'new weights have to be trained: set teacher.checkpoint and teacher.tune_epochs'
+        raise errors.ConfigError('teacher.fresh', teacher.fresh, why=why)
     if teacher.number > 1 and not teachers(config):
         why = 'teacher.checkpoint has one network; set teacher.tune_epochs, and each is tuned apart'
         raise errors.ConfigError('teacher.number', teacher.number, why=why)
@@ -415,10 +421,20 @@ def _check_statistics(config: ml_collections.ConfigDict, info: data.Info) -> Non
 
 
 def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any) -> Any:
-    """What teacher.checkpoint holds, if it is given."""
-    if not config.teacher.checkpoint:
+    """What teacher.checkpoint holds, if it is given, without what teacher.fresh names."""
+    path, fresh = config.teacher.checkpoint, config.teacher.fresh
+    if not path:
         return None
-    return hosts.first(lambda: convert.read(config.teacher.checkpoint, model, variables))
+    if fresh is not None:
+        layers = sorted(structure.widths(variables))
+        try:
+            found = any(re.search(fresh, f'{layer}/') for layer in layers)
+        except re.error as error:
+            why = f'it is no regular expression ({error})'
+            raise errors.ConfigError('teacher.fresh', fresh, why=why) from None
+        if not found:
+            raise errors.ConfigError('teacher.fresh', fresh, why=f'it names none of {layers}')
+    return hosts.first(lambda: convert.read(path, model, variables, fresh=fresh))
 
 
 def _check_batches(config: ml_collections.ConfigDict) -> None:
@@ -520,10 +536,10 @@ def learn_teacher(setup: loop.Setup, plan: Plan, stage: str = 'teacher') -> Any:
     Without label smoothing, which makes for better networks and worse teachers (Müller et al.
     2019, https://arxiv.org/abs/1906.02629).
     """
-    start = plan.weights
-    if start is None:
-        init = jax.jit(_init(plan.model, plan.graph.inputs[0]))
-        start = init(jax.random.key(setup.config.seed))
+    start = jax.jit(_init(plan.model, plan.graph.inputs[0]))(jax.random.key(setup.config.seed))
+    if plan.weights is not None:
+        new, there = map(traverse_util.flatten_dict, (start, plan.weights))
+        start = traverse_util.unflatten_dict(new | there)
     # Runs that differ in what comes later may share a teacher, and in how many more there are.
     given = _settings(setup.config, AFTER_TEACHER)
     del given['teacher']['number']

@@ -97,6 +97,10 @@ def test_weights_that_there_are_teach(folder):
     assert not (folder / 'run/teacher').exists()
 
     config.teacher.tune_epochs = 1.0
+    config.teacher.fresh = 'Dense_0/'
+    fresh = pipeline.make_plan(config).weights
+    assert fresh['params'].keys() == {'BatchNorm_0', 'BatchNorm_1', 'Conv_0', 'Conv_1'}
+    config.teacher.fresh = None
     plan = pipeline.make_plan(config)
     with pipeline.prepared(config, folder / 'tuned', plan) as setup:
         pipeline.learn_teachers(setup, plan)
@@ -130,6 +134,12 @@ def test_weights_that_there_are_teach(folder):
         ('mine:Net', {'data.mean': (0.5,), 'data.std': (0.0,)}, 'data.std .* above 0'),
         ('mine:Net', {'teacher.tune_epochs': 1.0}, 'set teacher.epochs'),
         ('mine:Net', {'teacher.checkpoint': 'x', 'teacher.number': 2}, 'set teacher.tune_epochs'),
+        ('mine:Net', {'teacher.fresh': 'Dense'}, 'teacher.tune_epochs'),
+        (
+            'mine:Net',
+            {'teacher.checkpoint': 'x', 'teacher.tune_epochs': 1.0, 'teacher.fresh': 'head/'},
+            "names none of .*'Dense_0'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(folder, name, changes, words):

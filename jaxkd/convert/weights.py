@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -59,7 +60,9 @@ class Found(NamedTuple):
     settings: tuple[names.Settings, ...] | None
 
 
-def read(path: str | os.PathLike, model: nn.Module, variables: Any) -> dict[str, Any]:
+def read(
+    path: str | os.PathLike, model: nn.Module, variables: Any, *, fresh: str | None = None
+) -> dict[str, Any]:
     """The variables of a model, from whatever holds them.
 
     Args:
@@ -69,9 +72,11 @@ def read(path: str | os.PathLike, model: nn.Module, variables: Any) -> dict[str,
       model: the module that they are for, at full width.
       variables: its variables, or their shapes and dtypes as `jax.eval_shape` of `model.init` gives
         them. The widths may be those of a compact network.
+      fresh: a regular expression; the variables whose paths it is found in are not read, such as
+        those of a classifier of other classes.
 
     Returns:
-      A tree like `variables`, of numpy arrays with its shapes and dtypes.
+      A tree like `variables`, without those of `fresh`, of numpy arrays with its shapes and dtypes.
 
     Raises:
       CheckpointError: what is there is something else, lacks variables, has others or ones of other
@@ -79,7 +84,7 @@ def read(path: str | os.PathLike, model: nn.Module, variables: Any) -> dict[str,
       ConfigError: a package is missing.
     """
     path = pathlib.Path(path)
-    found = find(path, model, variables)
+    found = find(path, model, variables, fresh)
     if found.settings is not None and fitting(model, found.settings) is None:
         needed = ' or '.join(map(_arguments, found.settings))
         raise CheckpointError(
@@ -91,7 +96,7 @@ def read(path: str | os.PathLike, model: nn.Module, variables: Any) -> dict[str,
     return found.variables
 
 
-def find(path: pathlib.Path, model: nn.Module, variables: Any) -> Found:
+def find(path: pathlib.Path, model: nn.Module, variables: Any, fresh: str | None = None) -> Found:
     """`read`, with whatever settings the model has."""
     shapes = _flat(variables)
     if path.is_dir():
@@ -105,6 +110,11 @@ def find(path: pathlib.Path, model: nn.Module, variables: Any) -> Found:
     source, tensors = max(
         candidates.items(), key=lambda item: sum(t.name in stored for t in item[1].values())
     )
+    if fresh is not None:
+        left_out = {name for name in tensors if re.search(fresh, name.partition('/')[2])}
+        unread = {tensors[name].name for name in left_out}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        stored = {name: leaf for name, leaf in stored.items() if name not in unread}
     _check(path, model, source, tensors, stored, shapes)
     flat = {
         name: layouts.to_ours(stored[tensor.name], tensor.order, shapes[name].shape).astype(
@@ -351,7 +361,8 @@ def _check(
         raise CheckpointError(
             path,
             f'it has {theirs} classes, and the {network} {ours}: make it with num_classes='
-            f'{theirs} (--arguments="{{\'num_classes\': {theirs}}}")',
+            f'{theirs} (--arguments="{{\'num_classes\': {theirs}}}"), or leave these weights out '
+            "and train on (config.teacher.fresh='classifier/', config.teacher.tune_epochs)",
         )
     if wrong:
         raise CheckpointError(

@@ -36,6 +36,7 @@ Accuracies are on the test part, which is read once, at the end. Fields that are
     --config.model.name=package.module:function --config.model.arguments={}     one of your own
     --config.teacher.checkpoint=weights.safetensors   that is trained already
     --config.teacher.accumulate=4    each batch in so many parts, where memory is short
+    --config.export="('stablehlo', 'onnx')"   files that run without the code, in WORKDIR/export/
     --config.seed=1
     --config.teacher.epochs=60.0
 """
@@ -98,6 +99,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # such as (('kernel', (None, None, None, 'data')),); the others are on every device
             # (see jaxkd/mesh.py).
             'sharding': (),
+            # Formats in which the compact network is written, too: 'stablehlo', 'onnx' (needs the
+            # extra `export`), 'tflite' (`tensorflow`), 'safetensors' (`export`; for PyTorch).
+            'export': ('stablehlo',),
             'log_every': 20,  # steps
             'checkpoint_seconds': 20.0,
             'wandb': config_dict.placeholder(str),  # a project of Weights & Biases to draw in too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 from collections.abc import Callable, Sequence
 import functools
 from importlib import metadata
@@ -49,6 +50,28 @@ class Row(NamedTuple):
     speedup: float
 
 
+class Layer(NamedTuple):
+    """A node of a network's graph, as ONNX Runtime computes it.
+
+    Attributes:
+      folder, network, batch: see `Row`.
+      node: its name.
+      kind: its operation.
+      shape: of its output.
+      milliseconds: of a batch, the mean.
+      share: of the time of all nodes.
+    """
+
+    folder: str
+    network: str
+    batch: int
+    node: str
+    kind: str
+    shape: tuple[int, ...]
+    milliseconds: float
+    share: float
+
+
 def measure(
     small: CompactModel,
     *,
@@ -60,9 +83,9 @@ def measure(
 ) -> list[Row]:
     """Times the full network and the compact one, in turns.
 
-    By XLA on JAX's default device, and by ONNX Runtime on the CPU where that is installed and the
-    network can be written for it. Weights of the full network and inputs are random: they change no
-    time. On a CPU, XLA runs convolutions in the form that is fast there.
+    By XLA on JAX's default device, and on the CPU by ONNX Runtime and TensorFlow Lite where they
+    are installed and the network can be written for them. Weights of the full network and inputs
+    are random: they change no time. On a CPU, XLA runs convolutions in the form that is fast there.
 
     Args:
       small: the compact network, with the shapes of its inputs.
@@ -76,20 +99,11 @@ def measure(
     Raises:
       ConfigError: for a network that cannot be called so.
     """
-    module = structure.full_module(small.module)
-    apply_kwargs = {**mode.arguments(module, train=False), **apply_kwargs}
-    inputs = export.random_inputs(small, batch_size)
-    try:
-        init = jax.jit(functools.partial(module.init, **apply_kwargs))
-        variables = init(jax.random.key(0), *inputs)
-    except Exception as error:
-        why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'
-        raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
-    networks = {'full': CompactModel(module, variables, small.structure), 'compact': small}
+    networks, inputs, apply_kwargs = _networks(small, batch_size, apply_kwargs)
     costs = {'full': small.structure.full, 'compact': small.structure.compact}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for runtime, call in RUNTIMES.items():
-        if runtime == ONNX and not export.has_onnx():
+        if export.missing(FILES.get(runtime, '')):
             continue
         try:
             ready = {
@@ -118,6 +132,67 @@ def measure(
     ]
 
 
+def layers(
+    small: CompactModel, *, batch_size: int = 1, folder: str = '', **apply_kwargs: Any
+) -> list[Layer]:
+    """Times the nodes of both networks by ONNX Runtime's profiler, the slowest first.
+
+    Arguments and errors as those of `measure`.
+
+    Raises:
+      ExportError: for a network that cannot be written as ONNX, or without ONNX Runtime.
+    """
+    networks, inputs, apply_kwargs = _networks(small, batch_size, apply_kwargs)
+    arrays = [np.asarray(array) for array in inputs]
+    rows: list[Layer] = []
+    for name, network in networks.items():
+        with tempfile.TemporaryDirectory() as within:
+            path = os.path.join(within, 'network.onnx')
+            export.onnx(network, path, **apply_kwargs)
+            session = export.onnx_session(path, profile=os.path.join(within, 'profile'))
+            names = [given.name for given in session.get_inputs()]
+            for _ in range(PROFILED + 1):
+                session.run(None, dict(zip(names, arrays, strict=True)))
+            events = json.loads(pathlib.Path(session.end_profiling()).read_text())
+        nodes = collections.defaultdict(list)
+        for event in events:
+            if event['cat'] == 'Node' and event['name'].endswith(TIMED):
+                nodes[event['name'].removesuffix(TIMED)].append(event)
+        # The first run finds memory.
+        times = {
+            node: 1e-3 * statistics.mean(event['dur'] for event in runs[1:])
+            for node, runs in nodes.items()
+        }
+        whole = sum(times.values())
+        for node in sorted(times, key=times.get, reverse=True):
+            about = nodes[node][0]['args']
+            shape = tuple(*about['output_type_shape'][0].values())
+            rows.append(
+                Layer(
+                    *(folder, name, batch_size, node, about['op_name'], shape),
+                    *(times[node], times[node] / whole),
+                )
+            )
+    return rows
+
+
+def _networks(
+    small: CompactModel, batch_size: int, apply_kwargs: dict[str, Any]
+) -> tuple[dict[str, CompactModel], list[jax.Array], dict[str, Any]]:
+    """The full network and the compact one, inputs, and what they are called with beside these."""
+    module = structure.full_module(small.module)
+    apply_kwargs = {**mode.arguments(module, train=False), **apply_kwargs}
+    inputs = export.random_inputs(small, batch_size)
+    try:
+        init = jax.jit(functools.partial(module.init, **apply_kwargs))
+        variables = init(jax.random.key(0), *inputs)
+    except Exception as error:
+        why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'
+        raise errors.ConfigError('--apply', apply_kwargs, why=why) from error
+    networks = {'full': CompactModel(module, variables, small.structure), 'compact': small}
+    return networks, inputs, apply_kwargs
+
+
 def _xla(
     network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
@@ -127,19 +202,29 @@ def _xla(
     return lambda: jax.block_until_ready(run(placed, *inputs))
 
 
-def _onnx(
-    network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
+def _file(
+    format: str,
+    network: CompactModel,
+    inputs: Sequence[jax.Array],
+    apply_kwargs: dict[str, Any],
 ) -> Callable[[], Any]:
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'network.onnx')
-        export.onnx(network, path, **apply_kwargs)
-        call = export.onnx_function(path)
+        path = os.path.join(folder, 'network')
+        export.FORMATS[format](network, path, **apply_kwargs)
+        call = export.OPENED[format](path)
     arrays = [np.asarray(array) for array in inputs]
     return lambda: call(*arrays)
 
 
-ONNX = 'ONNX Runtime'
-RUNTIMES = {'XLA': _xla, ONNX: _onnx}
+# Runtimes of files, and the formats of these.
+FILES = {'ONNX Runtime': 'onnx', 'TensorFlow Lite': 'tflite'}
+RUNTIMES = {
+    'XLA': _xla,
+    **{runtime: functools.partial(_file, format) for runtime, format in FILES.items()},
+}
+# How often a network is run to time its nodes, and what the events that say so end in.
+PROFILED = 20
+TIMED = '_kernel_time'
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -174,7 +259,32 @@ def table(rows: Sequence[Row]) -> str:
     return tables.grid(lines, left=(0, 1, 2))
 
 
-def record(rows: Sequence[Row], threads: int) -> dict[str, Any]:
+def layer_table(rows: Sequence[Layer], number: int) -> str:
+    """The slowest nodes of each network, so many of each, as text."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row.folder, row.network, row.batch].append(row)
+    lines = [
+        ('folder', 'network', 'batch', 'node', 'operation', 'output', 'ms', 'share'),
+        *(
+            (
+                row.folder,
+                row.network,
+                str(row.batch),
+                row.node,
+                row.kind,
+                '×'.join(map(str, row.shape)),
+                f'{row.milliseconds:.3f}',
+                f'{row.share:.1%}',
+            )
+            for group in groups.values()
+            for row in group[:number]
+        ),
+    ]
+    return tables.grid(lines, left=(0, 1, 3, 4, 5))
+
+
+def record(rows: Sequence[Row], threads: int, layers: Sequence[Layer] = ()) -> dict[str, Any]:
     """The rows as JSON, with what they were measured on.
 
     `of_saving` is the speed-up over what the multiply-adds would make of it.
@@ -185,13 +295,14 @@ def record(rows: Sequence[Row], threads: int) -> dict[str, Any]:
         'threads': threads,
         'versions': {
             package: metadata.version(package)
-            for package in ('jax', 'flax', 'onnxruntime')
+            for package in ('jax', 'flax', 'onnxruntime', 'tensorflow')
             if importlib.util.find_spec(package)
         },
         'rows': [
             row._asdict() | {'of_saving': row.speedup * row.flops / full[row.folder]}
             for row in rows
         ],
+        **({'layers': [layer._asdict() for layer in layers]} if layers else {}),
     }
 
 
@@ -204,8 +315,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
         prog='python -m jaxkd.benchmark',
         description='Times compact networks beside the full ones that they were cut from: by XLA '
-        'on the default device, and by ONNX Runtime on the CPU where that is installed; in turns, '
-        'so that whatever else the machine does hurts all alike.',
+        'on the default device, and by ONNX Runtime and TensorFlow Lite on the CPU where those are '
+        'installed; in turns, so that whatever else the machine does hurts all alike.',
         epilog='exit status: 0 done, 1 a network cannot be loaded, 2 a wrong command line',
     )
     parser.add_argument(
@@ -219,16 +330,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         '--seconds', type=float, default=20.0, help='a network and batch at most (%(default)s)'
     )
     parser.add_argument('--threads', type=int, help='cores to use (default: all)')
+    parser.add_argument(
+        '--layers',
+        type=int,
+        metavar='N',
+        help="list the N slowest nodes, too, by ONNX Runtime's profiler (all of them in JSON)",
+    )
     parser.add_argument('--out', type=pathlib.Path, metavar='FILE', help='write JSON, too')
     command.add_model(parser, required=False)
     return parser.parse_args(arguments)
 
 
 def _run(flags: argparse.Namespace) -> None:
-    numbers = {'--batch': flags.batch, '--rounds': [flags.rounds], '--threads': [flags.threads]}
+    numbers = {
+        '--batch': flags.batch,
+        '--rounds': [flags.rounds],
+        '--threads': [flags.threads],
+        '--layers': [flags.layers],
+    }
     for flag, values in numbers.items():
         if any(value is not None and value < 1 for value in values):
             raise errors.ConfigError(flag, values[0], why='it must be at least 1')
+    if flags.layers and export.missing('onnx'):
+        raise errors.ConfigError('--layers', flags.layers, why=export.missing('onnx'))
     cores = sorted(os.sched_getaffinity(0))[: flags.threads]
     if flags.threads:
         os.sched_setaffinity(0, cores)  # XLA starts a thread on each core that it may use
@@ -236,6 +360,7 @@ def _run(flags: argparse.Namespace) -> None:
     device.keep_compiled()
     model, apply_kwargs = command.model(flags), command.apply(flags)
     rows: list[Row] = []
+    nodes: list[Layer] = []
     for folder in flags.folders:
         small = saved.load(saved.within(folder), model)
         for batch_size in flags.batch:
@@ -247,9 +372,13 @@ def _run(flags: argparse.Namespace) -> None:
                 folder=folder,
                 **apply_kwargs,
             )
+            if flags.layers:
+                nodes += layers(small, batch_size=batch_size, folder=folder, **apply_kwargs)
     print(table(rows))
+    if nodes:
+        print(layer_table(nodes, flags.layers))
     if flags.out:
-        flags.out.write_text(json.dumps(record(rows, len(cores)), indent=2) + '\n')
+        flags.out.write_text(json.dumps(record(rows, len(cores), nodes), indent=2) + '\n')
         print(f'wrote {flags.out}')
 
 

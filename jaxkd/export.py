@@ -10,46 +10,72 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import sys
 import tempfile
+import textwrap
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import command, convert, cpu, errors, mode, saved
+from jaxkd import command, convert, cpu, data, errors, mode, onnx_graph, saved
+from jaxkd import fold as folding
+from jaxkd import workdir as records
 from jaxkd.graph import structure
 from jaxkd.graph.structure import CompactModel
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+# What kernels may be stored in.
+DTYPES = ('float32', 'float16', 'bfloat16')
+# What formats need beside jaxkd: an extra of it, and the packages in that.
+EXTRAS = {
+    'onnx': ('export', ('jax2onnx', 'onnx', 'onnxruntime')),
+    'tflite': ('tensorflow', ('tensorflow',)),
+    'safetensors': ('export', ('safetensors',)),
+}
 # Batches that a file is compared with, and how far it may be from the network: rounding, as a
 # share of the largest output.
 COMPARED = (1, 3)
 TOLERANCE = 1e-4
+# Images that calibrate an int8 network, and a batch of those that it is judged by.
+CALIBRATION = 256
+JUDGED = 256
 
 
 class Exported(NamedTuple):
     """A file that has been written and compared.
 
     Attributes:
-      path: of the file.
+      path: of the file; None if none was asked for.
       format: one of `FORMATS`.
       bytes: its size.
-      difference: the largest from the network's own outputs, as a share of the largest of these.
+      difference: the largest from the network's own outputs, as a share of the largest of these;
+        None if there is no file.
+      variables: how many arrays of variables the network was written with.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | None
     format: str
     bytes: int
-    difference: float
+    difference: float | None
+    variables: int
 
 
-def stablehlo(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any) -> Exported:
+def stablehlo(
+    small: CompactModel,
+    path: str | os.PathLike | None,
+    *,
+    fold: bool = False,
+    dtype: str = 'float32',
+    **apply_kwargs: Any,
+) -> Exported:
     """Writes the network as StableHLO for CPU, CUDA and TPU, with a free batch size.
 
     `jaxkd.load` reads it, and `jax.export.deserialize`, for which neither the model's code,
@@ -57,91 +83,179 @@ def stablehlo(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any)
 
     Args:
       small: the compact network.
-      path: of the file.
+      path: of the file; with None nothing is written or compared, and its size alone is told.
+      fold: whether BatchNorms go into the layers before them.
+      dtype: what kernels (whatever has two axes or more) are stored in; the network computes in
+        its own type all the same.
       **apply_kwargs: further arguments of the model. Those that tell it not to train are
         added; see `jaxkd.mode`.
 
     Raises:
-      ExportError: where the network cannot be written, or the file computes something else.
+      ConfigError: for a type that is none of `DTYPES`.
+      ExportError: where the network cannot be written, or the file computes something else. It
+        may be off by rounding; where kernels are rounded to another type, by as much more for each
+        of them as that type rounds a number: relative errors of layers add up.
     """
-    run = network(small, apply_kwargs)
-    fast = network(small, apply_kwargs, cpu.fast_convolutions)
+    _check_there('stablehlo', dtype)
+    own, inputs = network(small, apply_kwargs), _inputs(small)
+    variables, within = small.variables, contextlib.nullcontext
+    if fold:
+        with _failing('stablehlo', small):
+            folded = folding.fold(own, variables, *inputs)
+        variables, within = folded.variables, folded.within
+    stored = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.dtype(dtype)) if _is_kernel(leaf) else leaf, variables
+    )
+
+    @contextlib.contextmanager
+    def fast():
+        with within(), cpu.fast_convolutions():
+            yield
+
+    run, run_fast = (network(small, apply_kwargs, context) for context in (within, fast))
     scope = export.SymbolicScope()
 
-    def symbolic(spec: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-        sizes = ', '.join(map(str, ('batch', *spec['shape'][1:])))
-        return jax.ShapeDtypeStruct(export.symbolic_shape(sizes, scope=scope), spec['dtype'])
+    def symbolic(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sizes = ', '.join(map(str, ('batch', *spec.shape[1:])))
+        return jax.ShapeDtypeStruct(export.symbolic_shape(sizes, scope=scope), spec.dtype)
+
+    def restored():
+        return jax.tree.map(
+            lambda leaf, was: lax.convert_element_type(leaf, was.dtype), stored, variables
+        )
 
     def everywhere(*inputs):
-        return lax.platform_dependent(small.variables, *inputs, cpu=fast, default=run)
+        return lax.platform_dependent(restored(), *inputs, cpu=run_fast, default=run)
 
-    inputs = [symbolic(spec) for spec in small.structure.inputs]
     with _failing('stablehlo', small):
-        written = export.export(jax.jit(everywhere), platforms=PLATFORMS)(*inputs).serialize()
-    return _compared('stablehlo', small, path, written, saved.load, run)
+        exporting = export.export(jax.jit(everywhere), platforms=PLATFORMS)
+        written = exporting(*map(symbolic, inputs)).serialize()
+    return _compared(
+        *('stablehlo', small, path, written, saved.load, own),
+        variables=variables,
+        tolerance=_tolerance(small, dtype),
+        exactly=None if dtype == 'float32' else lambda _, *inputs: run(restored(), *inputs),
+    )
 
 
-def onnx(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any) -> Exported:
+def onnx(
+    small: CompactModel,
+    path: str | os.PathLike | None,
+    *,
+    dtype: str = 'float32',
+    int8: np.ndarray | None = None,
+    **apply_kwargs: Any,
+) -> Exported:
     """Writes the network as ONNX in one file, with a free batch size; images stay channels-last.
 
-    Needs jax2onnx and onnxruntime: `pip install 'jaxkd[export]'`. Arguments and errors as those of
-    `stablehlo`.
+    BatchNorms behind convolutions are folded into them. Needs jax2onnx and onnxruntime:
+    `pip install 'jaxkd[export]'`.
+
+    Args:
+      small, path, dtype, **apply_kwargs: see `stablehlo`.
+      int8: images, float32 [number, height, width, channels] as the network takes them. Weights and
+        activations become int8, and their ranges are those that these images make.
+
+    Raises:
+      ConfigError, ExportError: see `stablehlo`. Before it is made int8 the network is compared;
+        after that nothing bounds what rounding does, and the difference is told alone.
     """
-    if not has_onnx():
-        raise errors.ExportError('onnx', "it needs `pip install 'jaxkd[export]'`")
+    _check_there('onnx', dtype, int8)
     import jax2onnx
 
-    run = network(small, apply_kwargs)
-    inputs = [
-        jax.ShapeDtypeStruct(('batch', *spec['shape'][1:]), spec['dtype'])
-        for spec in small.structure.inputs
-    ]
-
+    own = network(small, apply_kwargs)
+    inputs = [jax.ShapeDtypeStruct(('batch', *x.shape[1:]), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):
         # Not by its own way to write a file, which puts large weights into a second one.
-        written = jax2onnx.to_onnx(
-            functools.partial(run, small.variables), inputs, return_mode='proto'
-        ).SerializeToString()
-    return _compared('onnx', small, path, written, onnx_function, run)
-
-
-def has_onnx() -> bool:
-    """Whether ONNX can be written and run."""
-    return all(importlib.util.find_spec(name) for name in ('jax2onnx', 'onnxruntime'))
-
-
-def onnx_function(path: str | os.PathLike) -> Callable[..., Any]:
-    """The function in an ONNX file, by ONNX Runtime on the cores of this process."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of shapes that it then infers itself
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    # Its threads would go on waiting busily while something else is computed.
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    session = onnxruntime.InferenceSession(
-        os.fspath(path), options, providers=['CPUExecutionProvider']
+        call = functools.partial(own, small.variables)
+        model = onnx_graph.tidy(jax2onnx.to_onnx(call, inputs, return_mode='proto'))
+        written = model.SerializeToString()
+    if dtype != 'float32' or int8 is not None:
+        _check('onnx', small, onnx_function(written), own)
+        with _failing('onnx', small):
+            model = (
+                onnx_graph.stored_in(model, dtype)
+                if int8 is None
+                else onnx_graph.quantized(model, int8)
+            )
+            written = model.SerializeToString()
+    return _compared(
+        *('onnx', small, path, written, onnx_function, own),
+        tolerance=_tolerance(small, dtype, int8),
     )
-    names = [given.name for given in session.get_inputs()]
-
-    def call(*inputs: Any) -> Any:
-        found = session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
-        return found[0] if len(found) == 1 else found
-
-    return call
 
 
-def safetensors(small: CompactModel, path: str | os.PathLike, **apply_kwargs: Any) -> Exported:
+def tflite(
+    small: CompactModel,
+    path: str | os.PathLike | None,
+    *,
+    dtype: str = 'float32',
+    int8: np.ndarray | None = None,
+    **apply_kwargs: Any,
+) -> Exported:
+    """Writes the network for TensorFlow Lite (LiteRT), for one image at a time.
+
+    With a free batch size its converter would leave BatchNorms unfolded and shapes to be computed
+    at run time. Needs TensorFlow: `pip install 'jaxkd[tensorflow]'`. Arguments and errors as those
+    of `onnx`; there is no bfloat16.
+    """
+    _check_there('tflite', dtype, int8)
+    if dtype == 'bfloat16':
+        raise errors.ConfigError('dtype', dtype, why='TensorFlow Lite stores no such weights')
+    from jax.experimental import jax2tf
+    import tensorflow as tf
+
+    own, inputs = network(small, apply_kwargs), _inputs(small)
+    function = tf.function(
+        jax2tf.convert(
+            functools.partial(own, small.variables),
+            with_gradient=False,
+        ),
+        input_signature=[
+            tf.TensorSpec((1, *spec.shape[1:]), spec.dtype, f'input_{i}')
+            for i, spec in enumerate(inputs)
+        ],
+        autograph=False,
+    )
+
+    def converted(**settings: Any) -> bytes:
+        with _failing('tflite', small):
+            concrete = function.get_concrete_function()
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], function)
+            for name, value in settings.items():
+                setattr(converter, name, value)
+            return converter.convert()
+
+    written = converted()
+    if dtype != 'float32' or int8 is not None:
+        _check('tflite', small, tflite_function(written), own)
+        smaller = {'optimizations': [tf.lite.Optimize.DEFAULT]}
+        if int8 is None:
+            smaller['target_spec'] = tf.lite.TargetSpec(supported_types=[tf.float16])
+        else:
+            smaller['representative_dataset'] = lambda: ([image[None]] for image in int8)
+        written = converted(**smaller)
+    return _compared(
+        *('tflite', small, path, written, tflite_function, own),
+        tolerance=_tolerance(small, dtype, int8),
+    )
+
+
+def safetensors(
+    small: CompactModel, path: str | os.PathLike | None, **apply_kwargs: Any
+) -> Exported:
     """Writes the weights with PyTorch's names and layouts, and beside them the widths as JSON.
 
     What `convert.describe` says stands in the file's metadata, too. Here it is read back into the
     network. Needs safetensors: `pip install 'jaxkd[export]'`. Arguments and errors as those of
     `stablehlo`.
     """
-    if not importlib.util.find_spec('safetensors'):
-        raise errors.ExportError('safetensors', "it needs `pip install 'jaxkd[export]'`")
+    _check_there('safetensors', 'float32')
     from safetensors import numpy as file_format
 
+    beside = path and pathlib.Path(path).with_suffix('.json')
+    if path and beside == pathlib.Path(path):
+        raise errors.ConfigError('--out', str(path), why='the widths are written to .json')
     run, model = network(small, apply_kwargs), structure.full_module(small.module)
     with _failing('safetensors', small):
         tensors = convert.to_torch(small.variables, model)
@@ -153,15 +267,111 @@ def safetensors(small: CompactModel, path: str | os.PathLike, **apply_kwargs: An
         return functools.partial(run, convert.read(file, model, small.variables))
 
     done = _compared('safetensors', small, path, written, opened, run)
-    beside = done.path.with_suffix('.json')
-    beside.write_text(json.dumps(described, indent=2) + '\n')
+    if beside:
+        beside.write_text(json.dumps(described, indent=2) + '\n')
     return done
 
 
 FORMATS: dict[str, Callable[..., Exported]] = {
     'stablehlo': stablehlo,
     'onnx': onnx,
+    'tflite': tflite,
     'safetensors': safetensors,
+}
+
+
+def missing(name: str) -> str | None:
+    """What has to be installed for a format to be written and run; None if all is there."""
+    extra, packages = EXTRAS.get(name, ('', ()))
+    there = all(map(importlib.util.find_spec, packages))
+    return None if there else f"it needs `pip install 'jaxkd[{extra}]'`"
+
+
+def check_formats(field: str, formats: Sequence[str]) -> None:
+    """Refuses what is no format, or cannot be written here.
+
+    Raises:
+      ConfigError: naming the config's `field`.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise errors.ConfigError(field, name, allowed=FORMATS)
+        if missing(name):
+            raise errors.ConfigError(field, name, why=missing(name))
+
+
+def onnx_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
+    """The function in an ONNX file, or in its bytes, by ONNX Runtime on this process's cores."""
+    session = onnx_session(source)
+    names = [given.name for given in session.get_inputs()]
+
+    def call(*inputs: Any) -> Any:
+        found = session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+        return found[0] if len(found) == 1 else found
+
+    return call
+
+
+def onnx_session(source: str | os.PathLike | bytes, profile: str | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` on this process's cores.
+
+    With `profile` it times its nodes, for a file whose name begins so.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of shapes that it then infers itself
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    # Its threads would go on waiting busily while something else is computed.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    if not isinstance(source, bytes):
+        source = os.fspath(source)
+    return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+
+
+def tflite_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
+    """The function in a TensorFlow Lite file, or in its bytes, on this process's cores.
+
+    It takes batches, of which it computes one image after the other.
+    """
+    import tensorflow as tf
+
+    if not isinstance(source, bytes):
+        source = pathlib.Path(source).read_bytes()
+    with warnings.catch_warnings():
+        # It announces another package for itself.
+        warnings.filterwarnings('ignore', message='.*tf.lite.Interpreter is deprecated')
+        interpreter = tf.lite.Interpreter(
+            model_content=source, num_threads=len(os.sched_getaffinity(0))
+        )
+    takes, gives = (
+        [entry['index'] for entry in sorted(details, key=lambda entry: entry['name'])]
+        for details in (interpreter.get_input_details(), interpreter.get_output_details())
+    )
+    interpreter.allocate_tensors()
+
+    def one(*images: np.ndarray) -> list[np.ndarray]:
+        for index, image in zip(takes, images, strict=True):
+            interpreter.set_tensor(index, image[None])
+        interpreter.invoke()
+        return [interpreter.get_tensor(index) for index in gives]
+
+    def call(*inputs: Any) -> Any:
+        each = [one(*images) for images in zip(*map(np.asarray, inputs), strict=True)]
+        found = [np.concatenate(outputs) for outputs in zip(*each, strict=True)]
+        return found[0] if len(found) == 1 else found
+
+    return call
+
+
+# What runs a file of each format: a function of its path.
+OPENED: dict[str, Callable[..., Callable[..., Any]]] = {
+    'stablehlo': saved.load,
+    'onnx': onnx_function,
+    'tflite': tflite_function,
 }
 
 
@@ -191,47 +401,111 @@ def network(
 
 @contextlib.contextmanager
 def _failing(name: str, small: CompactModel) -> Iterator[None]:
-    """Whatever a converter raises, as one sentence."""
+    """Whatever a converter raises, as one sentence: some add the whole graph."""
     try:
         yield
     except Exception as error:
         full = type(structure.full_module(small.module)).__name__
-        raise errors.ExportError(name, f'{full}: {errors.words(error)}') from error
+        why = textwrap.shorten(errors.words(error), 400, placeholder=' …')
+        raise errors.ExportError(name, f'{full}: {why}') from error
+
+
+def _inputs(small: CompactModel) -> list[jax.ShapeDtypeStruct]:
+    """Those that the network was traced with."""
+    return [jax.ShapeDtypeStruct(spec['shape'], spec['dtype']) for spec in small.structure.inputs]
+
+
+def _check_there(name: str, dtype: str, int8: np.ndarray | None = None) -> None:
+    """Refuses a format that cannot be written here, and types that there are not."""
+    if missing(name):
+        raise errors.ExportError(name, missing(name))
+    if dtype not in DTYPES:
+        raise errors.ConfigError('dtype', dtype, allowed=DTYPES)
+    if int8 is not None and dtype != 'float32':
+        raise errors.ConfigError('dtype', dtype, why='int8 is a type of its own; ask for one')
+
+
+def _tolerance(small: CompactModel, dtype: str, int8: np.ndarray | None = None) -> float:
+    """How far a file may be from the network."""
+    if int8 is not None:
+        return float('inf')
+    if dtype == 'float32':
+        return TOLERANCE
+    kernels = sum(map(_is_kernel, jax.tree.leaves(small.variables)))
+    return TOLERANCE + kernels * float(jnp.finfo(dtype).eps) / 2
+
+
+def _is_kernel(leaf: Any) -> bool:
+    """Whether an array is stored in another type: vectors are few, and norms need them whole."""
+    return leaf.ndim > 1 and leaf.dtype == np.float32
 
 
 def _compared(
     name: str,
     small: CompactModel,
-    path: str | os.PathLike,
+    path: str | os.PathLike | None,
     written: bytes,
     opened: Callable[[pathlib.Path], Callable[..., Any]],
     run: Callable[..., Any],
+    *,
+    variables: Any = None,
+    tolerance: float = TOLERANCE,
+    exactly: Callable[..., Any] | None = None,
 ) -> Exported:
-    """Writes a file aside, runs it, and gives it its name if it computes what it should."""
+    """Writes a file aside, runs it, and gives it its name if it computes what it should.
+
+    That is what `run` does with the network's variables, but for `tolerance`, and what `exactly`
+    does, where it is given, but for rounding. `variables` are those written, if others.
+    """
+    number = len(jax.tree.leaves(small.variables if variables is None else variables))
+    if path is None:
+        return Exported(None, name, len(written), None, number)
     path = pathlib.Path(path)
     if not path.parent.is_dir():
         raise errors.ConfigError('--out', str(path), why=f'there is no folder {path.parent}')
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
         file = pathlib.Path(folder) / path.name
         file.write_bytes(written)
-        call, expected = opened(file), jax.jit(run)
-        difference = 0.0
-        for batch_size in COMPARED:
-            inputs = random_inputs(small, batch_size)
-            pairs = zip(
-                jax.tree.leaves(call(*inputs)),
-                jax.tree.leaves(expected(small.variables, *inputs)),
-                strict=True,
-            )
-            for found, right in pairs:
-                far = np.abs(np.asarray(found) - np.asarray(right)).max()
-                difference = max(difference, float(far / np.abs(right).max()))
-        if not difference <= TOLERANCE:
-            why = f'its outputs are off by {difference:.1e} of the largest'
-            raise errors.ExportError(name, why)
+        with _failing(name, small):
+            call = opened(file)
+        if exactly:
+            _check(name, small, call, exactly)
+        difference = _check(name, small, call, run, tolerance)
         size = file.stat().st_size
         file.replace(path)
-    return Exported(path, name, size, difference)
+    return Exported(path, name, size, difference, number)
+
+
+def _check(
+    name: str,
+    small: CompactModel,
+    call: Callable[..., Any],
+    run: Callable[..., Any],
+    tolerance: float = TOLERANCE,
+) -> float:
+    """The largest difference of what two functions make of random inputs.
+
+    As a share of the largest output. `call` is of the inputs, and `run` of the network's variables
+    and the inputs.
+
+    Raises:
+      ExportError: if it is more than the tolerance.
+    """
+    expected = jax.jit(run)
+    difference = 0.0
+    for batch_size in COMPARED:
+        inputs = random_inputs(small, batch_size)
+        with _failing(name, small):
+            outputs = call(*inputs)
+        rights = expected(small.variables, *inputs)
+        pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(rights), strict=True)
+        for found, right in pairs:
+            far = np.abs(np.asarray(found) - np.asarray(right)).max()
+            difference = max(difference, float(far / np.abs(right).max()))
+    if not difference <= tolerance:
+        why = f'its outputs are off by {difference:.1e} of the largest'
+        raise errors.ExportError(name, why)
+    return difference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,25 +517,117 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
         prog='python -m jaxkd.export',
         description='Writes a compact network as one file that runs without its code: StableHLO '
-        'for CPU, CUDA and TPU, or ONNX; or its weights for PyTorch, as safetensors. The file is '
-        'run and compared before it is kept.',
+        'for CPU, CUDA and TPU, ONNX, or TensorFlow Lite; or its weights for PyTorch, as '
+        'safetensors. The file is run and compared before it is kept.',
         epilog='exit status: 0 done, 1 it cannot be written, 2 a wrong command line',
     )
     parser.add_argument('folder', metavar='DIR', help='a finished run, or what jaxkd.save wrote')
     parser.add_argument('--format', required=True, choices=FORMATS)
     parser.add_argument('--out', required=True, metavar='FILE')
+    parser.add_argument(
+        '--fold',
+        action='store_true',
+        help='fold BatchNorms into the layers before them, as is done for ONNX and TensorFlow Lite '
+        'in any case',
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=DTYPES,
+        default='float32',
+        help='what kernels are stored in (%(default)s)',
+    )
+    parser.add_argument(
+        '--int8',
+        action='store_true',
+        help='weights and activations in int8, calibrated on training images of the run in DIR; '
+        'tells the accuracy on its test part',
+    )
     command.add_model(parser, required=False)
     return parser.parse_args(arguments)
 
 
 def _run(flags: argparse.Namespace) -> None:
     small = saved.load(saved.within(flags.folder), command.model(flags))
-    done = FORMATS[flags.format](small, flags.out, **command.apply(flags))
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(small.variables))
+    write, apply_kwargs = FORMATS[flags.format], command.apply(flags)
+    asked = {'fold': flags.fold, 'dtype': flags.dtype, 'int8': flags.int8}
+    options = {name: value for name, value in asked.items() if value not in (False, 'float32')}
+    for name in options.keys() - inspect.signature(write).parameters.keys():
+        able = [other for other in FORMATS if name in inspect.signature(FORMATS[other]).parameters]
+        why = f'--{name} is for {" and ".join(able)}'
+        raise errors.ConfigError('--format', flags.format, why=why)
+    if flags.int8:
+        images = _images_of(flags.folder)
+        options['int8'] = images.calibration()
+    done = write(small, flags.out, **options, **apply_kwargs)
+    leaves = jax.tree.leaves(small.variables)
     print(
-        f'{done.path}: {done.format}, {done.bytes:,} bytes ({parameters:,} of them variables), '
-        f'at most {done.difference:.0e} of the largest output from the network itself'
+        f'{done.path}: {done.format}, {done.bytes:,} bytes ({sum(x.nbytes for x in leaves):,} of '
+        f'them variables before), at most {done.difference:.0e} of the largest output from the '
+        'network itself'
     )
+    if flags.fold:
+        print(f'{done.variables} arrays of variables, {len(leaves)} before BatchNorms were folded')
+    if flags.int8:
+        own = functools.partial(jax.jit(network(small, apply_kwargs)), small.variables)
+        judged = {'float32': own, 'int8': OPENED[flags.format](done.path)}
+        found = (f'{images.accuracy(call):.4f} ({name})' for name, call in judged.items())
+        print(f'accuracy on the test part: {", ".join(found)}')
+
+
+class _Images(NamedTuple):
+    """The images that a run was made with.
+
+    Attributes:
+      load: a part of them, by name.
+      mean, std: float32 [channels], by which the network wants pixels normalized.
+    """
+
+    load: Callable[[str], data.Split]
+    mean: np.ndarray
+    std: np.ndarray
+
+    def calibration(self) -> np.ndarray:
+        """Some of the training part, at even distances."""
+        part = self.load('train')
+        chosen = np.unique(np.linspace(0, part.size - 1, CALIBRATION).astype(int))
+        return np.asarray(data.normalize(part.fetch(chosen), self.mean, self.std))
+
+    def accuracy(self, call: Callable[..., Any]) -> float:
+        """The share of the test part that a function of images gives the right answers to."""
+        part = self.load('test')
+        right = 0
+        for start in range(0, part.size, JUDGED):
+            chosen = np.arange(start, min(start + JUDGED, part.size))
+            logits = call(data.normalize(part.fetch(chosen), self.mean, self.std))
+            right += np.sum(np.argmax(logits, -1) == part.labels[chosen])
+        return float(right / part.size)
+
+
+def _images_of(folder: str) -> _Images:
+    """Those of the run in a folder.
+
+    Raises:
+      ConfigError: for a folder that holds no run.
+    """
+    report = records.look_up(pathlib.Path(folder) / 'report.json')
+    if not report or 'normalization' not in report:
+        why = (
+            'int8 is calibrated on the images of a finished run, and there is no report.json of one'
+        )
+        raise errors.ConfigError('DIR', folder, why=why)
+    given = report['config']['data']
+    load = functools.partial(
+        data.load,
+        given['name'],
+        seed=report['seed'],
+        validation=given['validation'],
+        labels=given['labels'],
+        data_dir=given['dir'],
+        image_size=given['image_size'],
+        corrupt=data.CorruptImages(given['corrupt_limit']),
+    )
+    mean, std = (np.float32(report['normalization'][name]) for name in ('mean', 'std'))
+    return _Images(load, mean, std)
 
 
 if __name__ == '__main__':

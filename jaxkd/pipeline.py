@@ -1,7 +1,7 @@
-"""The method, stage by stage: teacher → search → compact → distil → report.
+"""The method, stage by stage: teacher → search → compact → distil → export → report.
 
 With `config.search.expand`, what a search found is widened until the budgets are used up again, and
-may be searched once more: teacher → (search → expand) × alternations → distil → report.
+may be searched once more: teacher → (search → expand) × alternations → distil → export → report.
 
 "Compact CNN Structure Learning by Knowledge Distillation" (Ahmed, Zunino, Morerio, Murino 2020,
 https://arxiv.org/abs/2104.09191). Every stage writes what it has reached to the workdir, so that a
@@ -34,6 +34,7 @@ from jaxkd import (
     data,
     distill,
     errors,
+    export,
     features,
     hosts,
     loop,
@@ -80,8 +81,9 @@ CHOICES = {
     'teacher': {'choose': loop.CHOICES},
 }
 # The parts of a config that a teacher does not depend on, and a search.
-AFTER_TEACHER = ('search', 'distil', 'budget', 'blocks', 'inexact')
-AFTER_SEARCH = ('distil',)
+AFTER_TEACHER = ('search', 'distil', 'export', 'budget', 'blocks', 'inexact')
+AFTER_SEARCH = ('distil', 'export')
+AFTER_DISTIL = ('export',)
 # Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
 SMALL_BATCH = 16
 # How often inference is timed, the networks taking turns.
@@ -178,6 +180,7 @@ def run(
         found, expansions = find_structure(setup, plan, teacher)
         small = distil(setup, plan, teacher, found)
         hosts.first(lambda: saved.save(setup.workdir / 'compact', small))
+        hosts.first(lambda: write_exports(setup, plan, teacher, small))
         return report(setup, plan, teacher, small, expansions)
 
 
@@ -299,6 +302,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
     if config.compute_dtype not in precision.DTYPES:
         raise errors.ConfigError('compute_dtype', config.compute_dtype, allowed=precision.DTYPES)
+    export.check_formats('export', config.export)
     data.make_augmentation(config.data.augment)
     distil_augmentation(config)
     _check_batches(config)
@@ -848,7 +852,7 @@ def distil(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> 
         start,
         _taught_loss(setup, plan, 'distil'),
         facts=lambda _: _alive(small.structure.compact),
-        given=[_settings(setup.config), small.structure.to_json()],
+        given=[_settings(setup.config, AFTER_DISTIL), small.structure.to_json()],
         teacher=(train.AVERAGE if own else plan.model, teacher),
     )
     return CompactModel(small.module, loop.chosen(setup, 'distil', end), small.structure)
@@ -876,6 +880,43 @@ def make_adapters(setup: loop.Setup, plan: Plan, small: CompactModel) -> dict[st
     return features.adapters(
         {name: student[name] for name in student if name in names}, teacher, key
     )
+
+
+def write_exports(setup: loop.Setup, plan: Plan, teacher: Any, small: CompactModel) -> None:
+    """Writes the compact network as files that run without its code, and a record of them.
+
+    A format that fails is said and recorded: the network itself is safe by now. What a run that was
+    stopped has written is written again.
+    """
+    folder = setup.workdir / 'export'
+    if not setup.config.export:
+        return
+    folder.mkdir(exist_ok=True)
+    # As one process holds them, whatever they were trained on.
+    full, compact = (
+        CompactModel(module, jax.device_get(variables), small.structure)
+        for module, variables in (
+            (plan.model, features.each(teacher)[0]),
+            (small.module, small.variables),
+        )
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for name in setup.config.export:
+        path = folder / f'model.{name}'
+        try:
+            done = export.FORMATS[name](compact, path)
+            whole = export.FORMATS[name](full, None)
+        except errors.ExportError as error:
+            rows[name] = {'error': error.why}
+            setup.display.message(f'export: {error}')
+        else:
+            rows[name] = {
+                'bytes': done.bytes,
+                'full_bytes': whole.bytes,
+                'difference': done.difference,
+            }
+            setup.display.message(f'export: {path}, {done.bytes:,} bytes')
+    records.write_json(setup.workdir / 'export.json', rows)
 
 
 def report(
@@ -983,6 +1024,11 @@ def write_down(
             name: outcome['rollbacks'] for name, outcome in outcomes.items() if outcome['rollbacks']
         },
         'input_shape': list(plan.info.image_shape),
+        # What a pixel in [0, 1] becomes before a network, or a file of `export`, is given it.
+        'normalization': {
+            'mean': setup.preprocessing.mean.tolist(),
+            'std': setup.preprocessing.std.tolist(),
+        },
         'inference_batch': config.distil.batch_size,
         'config': records.record(config),
         'seed': config.seed,
@@ -994,6 +1040,9 @@ def write_down(
     corrupt = records.corrupt_images(setup.workdir, setup.display.message)
     if corrupt:
         result['corrupt_images'] = corrupt
+    exported = records.read_json(setup.workdir / 'export.json', setup.display.message)
+    if exported:
+        result['export'] = exported
     if 'latency' in plan.graph.resources:
         result['latency'] = _latency(plan.graph, networks)
     result |= classes  # last, since they can be long
@@ -1020,7 +1069,7 @@ def _latency(
     }
 
 
-def _settings(config: ml_collections.ConfigDict, without: Collection[str] = ()) -> dict[str, Any]:
+def _settings(config: ml_collections.ConfigDict, without: Collection[str]) -> dict[str, Any]:
     """What a stage depends on of the config: runs that differ in the rest may share its folder.
 
     What is not set is left out, so that a field that is new parts no run from what it has reached.

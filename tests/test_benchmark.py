@@ -1,5 +1,6 @@
 """The command that times compact networks beside the full ones."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,11 +45,26 @@ def test_a_network_without_onnx_is_timed_by_xla(folder, monkeypatch):
     def refused(*args, **kwargs):
         raise jaxkd.ExportError('onnx', 'no such operation')
 
-    monkeypatch.setattr(export, 'has_onnx', lambda: True)
+    monkeypatch.setattr(export, 'missing', lambda name: 'absent' if name == 'tflite' else None)
     monkeypatch.setattr(export, 'onnx', refused)
     with pytest.warns(UserWarning, match='ONNX Runtime is left out: onnx: no such operation'):
         rows = benchmark.measure(jaxkd.load('known'), rounds=1)
     assert [(row.network, row.runtime) for row in rows] == [('full', 'XLA'), ('compact', 'XLA')]
+
+
+def test_layers(folder, capsys):
+    if export.missing('onnx'):
+        pytest.skip(export.missing('onnx'))
+    flags = ['known', '--batch=2', '--rounds=1', '--layers=3', '--out=layers.json']
+    assert benchmark.main(flags) == 0
+    assert capsys.readouterr().out.count('known   compact  2 ') == 3
+    rows = json.loads((folder / 'layers.json').read_text())['layers']
+    for network in ('full', 'compact'):
+        own = [row for row in rows if row['network'] == network]
+        assert sum(row['share'] for row in own) == pytest.approx(1)
+        times = [row['milliseconds'] for row in own]
+        assert times == sorted(times, reverse=True) and len(times) > 19
+        assert sum('Conv' in row['kind'] and row['shape'][0] == 2 for row in own) == 19
 
 
 @pytest.mark.parametrize(
@@ -60,9 +76,12 @@ def test_a_network_without_onnx_is_timed_by_xla(folder, monkeypatch):
         (['own', '--model=own_net:Net', '--batch=1'], 2, ['--apply', 'frozen']),
         (['known', '--batch', '0'], 2, ['--batch', 'at least 1']),
         (['known', '--threads=0'], 2, ['--threads']),
+        (['known', '--layers=0'], 2, ['--layers', 'at least 1']),
+        (['known', '--layers=3'], 2, ['--layers', "pip install 'jaxkd[export]'"]),
     ],
 )
-def test_wrong_input_is_one_sentence(folder, capsys, flags, status, words):
+def test_wrong_input_is_one_sentence(folder, capsys, monkeypatch, flags, status, words):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
     try:
         returned = benchmark.main(flags)
     except SystemExit as stop:  # argparse

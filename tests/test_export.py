@@ -1,14 +1,18 @@
 """Compact networks as files that run without their code."""
 
+import collections
+import importlib.util
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 import jaxkd
-from jaxkd import export
+from jaxkd import export, pipeline
 
 # With JAX alone: the file says everything.
 ALONE = """
@@ -48,16 +52,126 @@ def test_stablehlo(folder, capsys):
     assert kept < (folder / 'known.hlo').stat().st_size < kept + 500_000
 
 
-@pytest.mark.parametrize('format', ['stablehlo', 'onnx'])
+def skip_without(format):
+    if export.missing(format):
+        pytest.skip(export.missing(format))
+
+
+@pytest.mark.parametrize('format', export.FORMATS)
 def test_own_model(folder, own_model, format):
-    if format == 'onnx' and not export.has_onnx():
-        pytest.skip("needs jaxkd's extra `export`")
+    skip_without(format)
     flags = ['own', f'--format={format}', '--out=own.file', '--model=own_net:Net']
     assert export.main([*flags, "--apply={'frozen': True}"]) == 0
-    called = {'stablehlo': jaxkd.load, 'onnx': export.onnx_function}[format](folder / 'own.file')
+    called = export.OPENED[format](folder / 'own.file')
     small = jaxkd.load('own', own_model)
     right = small.apply(small.variables, images(4), frozen=True)
     assert_equal_outputs(called(images(4)), right)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('format', export.FORMATS)
+def test_half_the_size(folder, format, dtype):
+    skip_without(format)
+    small = jaxkd.load('known')
+    if (format, dtype) == ('tflite', 'bfloat16'):
+        with pytest.raises(jaxkd.ConfigError, match='stores no such weights'):
+            export.tflite(small, 'half', dtype=dtype)
+        return
+    whole = export.FORMATS[format](small, None)
+    half = export.FORMATS[format](small, 'half', dtype=dtype)
+    kernels = [x.size for x in jax.tree.leaves(small.variables) if x.ndim > 1]
+    assert 1.8 * sum(kernels) < whole.bytes - half.bytes < 2.2 * sum(kernels)
+    # Kernels have been rounded, no more than they have to be.
+    bits = {'float16': 11, 'bfloat16': 8}[dtype]
+    assert 1e-6 < half.difference < len(kernels) * 2.0**-bits
+    found = export.OPENED[format]('half')(images(2))
+    assert np.asarray(found).dtype == np.float32
+
+
+def test_folded_stablehlo(folder, capsys):
+    flags = ['known', '--format=stablehlo', '--out=folded.hlo', '--fold', '--dtype=bfloat16']
+    assert export.main(flags) == 0
+    # 19 BatchNorms of four vectors became a bias each.
+    assert '40 arrays of variables, 97 before' in capsys.readouterr().out
+    small = jaxkd.load('known')
+    right = np.asarray(small.apply(small.variables, images(2), train=False))
+    np.testing.assert_allclose(
+        jaxkd.load('folded.hlo')(images(2)), right, atol=0.05 * np.abs(right).max()
+    )
+
+
+def test_onnx_graph_is_tidy(folder):
+    skip_without('onnx')
+    import onnx
+
+    model = jaxkd.models.create('mobilenet_v2', width=0.25)
+    image = np.zeros((1, 32, 32, 3), np.float32)
+    variables = jax.jit(lambda key: model.init(key, image, train=False))(jax.random.key(0))
+    small = jaxkd.prune(model, variables, image, flops=0.7, criterion='l1', train=False)
+    assert export.onnx(small, 'tidy.onnx').difference < 1e-5
+    graph = onnx.load('tidy.onnx')
+    onnx.checker.check_model(graph, full_check=True)
+    kinds = collections.Counter(node.op_type for node in graph.graph.node)
+    assert kinds['Conv'] == 52 and kinds['Clip'] == 35
+    assert kinds['Transpose'] <= 2
+    assert kinds.keys() <= {'Conv', 'Clip', 'Add', 'Transpose', 'ReduceMean', 'Gemm'}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The folder of a finished run, which could not write one of the formats it was to."""
+    workdir = tmp_path_factory.mktemp('run')
+    config = tiny.get_config()
+    config.export = ('stablehlo', 'onnx')
+
+    def failing(*args):
+        raise jaxkd.ExportError('onnx', 'no such operation')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export.FORMATS, 'onnx', failing)
+        patch.setattr(export, 'missing', lambda name: None)
+        return workdir, pipeline.run(config, workdir)
+
+
+def test_run_exports_and_a_failure_is_told(run):
+    workdir, report = run
+    assert report['export']['onnx'] == {'error': 'no such operation'}
+    told = report['export']['stablehlo']
+    assert told['bytes'] == (workdir / 'export' / 'model.stablehlo').stat().st_size
+    assert told['bytes'] < told['full_bytes'] and told['difference'] < 1e-4
+    small = jaxkd.load(workdir / 'compact')
+    image = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
+    right = small.apply(small.variables, image, train=False)
+    assert_equal_outputs(jaxkd.load(workdir / 'export' / 'model.stablehlo')(image), right)
+    # What the file has to be given is told, too.
+    assert report['normalization'].keys() == {'mean', 'std'}
+
+
+@pytest.mark.parametrize('format', ['onnx', 'tflite'])
+def test_int8(run, format, tmp_path, capsys):
+    skip_without(format)
+    workdir, report = run
+    flags = [str(workdir), f'--format={format}', f'--out={tmp_path / "int8"}', '--int8']
+    assert export.main(flags) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    found = [float(number) for number in re.findall(r'0\.\d+', said)]
+    assert found[0] == pytest.approx(report['compact']['accuracy'], abs=1e-4)
+    assert found[1] == pytest.approx(found[0], abs=0.03)
+    called = export.OPENED[format](tmp_path / 'int8')
+    assert called(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ('formats', 'words'),
+    [(('gif',), ['gif', 'stablehlo, onnx, tflite']), (('onnx',), ["pip install 'jaxkd[export]'"])],
+)
+def test_run_refuses_formats_at_once(monkeypatch, formats, words):
+    config = tiny.get_config()
+    config.export = formats
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
+    with pytest.raises(jaxkd.ConfigError) as error:
+        pipeline.make_plan(config)
+    assert all(word in str(error.value) for word in words)
 
 
 def test_what_computes_something_else_is_not_kept(folder, monkeypatch):
@@ -91,10 +205,19 @@ def test_damaged_file(folder):
         (['own', '--format=stablehlo', '--out=a'], 1, ['own_net:Net', 'model']),
         (['own', '--format=stablehlo', '--out=a', '--model=own_net:Net'], 1, ['frozen']),
         (['known', '--format=onnx', '--out=a'], 1, ["pip install 'jaxkd[export]'"]),
+        (['known', '--format=tflite', '--out=a'], 1, ["pip install 'jaxkd[tensorflow]'"]),
+        (['known', '--format=onnx', '--out=a', '--fold'], 2, ['--fold is for stablehlo']),
+        (
+            ['known', '--format=stablehlo', '--out=a', '--int8'],
+            2,
+            ['--int8 is for onnx and tflite'],
+        ),
+        (['known', '--format=onnx', '--out=a', '--int8'], 2, ['known', 'report.json']),
+        (['known', '--format=stablehlo', '--out=a', '--dtype=int4'], 2, ['int4', 'bfloat16']),
     ],
 )
 def test_wrong_input_is_one_sentence(folder, capsys, monkeypatch, flags, status, words):
-    monkeypatch.setattr(export, 'has_onnx', lambda: False)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
     try:
         returned = export.main(flags)
     except SystemExit as stop:  # argparse

@@ -198,7 +198,7 @@ class CompactModule(nn.Module):
             path = module.path[root:]
             layer = '/'.join(path)
             _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
-            with _fields(module, _new_fields(self, module, path, x)):
+            with with_fields(module, _new_fields(self, module, path, x)):
                 return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
@@ -268,7 +268,7 @@ def _below(widths: Mapping[str, Shapes], layer: str, children: tuple[str, ...]) 
 
 
 @contextlib.contextmanager
-def _fields(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+def with_fields(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     """Sets fields of a module for the length of a call.
 
     Not on a clone: names, scope and what `setup` has made stay as they are.

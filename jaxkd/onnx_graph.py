@@ -1,0 +1,157 @@
+"""What is done to an ONNX graph before it is written: tidied, stored in fewer bits, or quantized.
+
+Needs onnx and onnxruntime, which are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+import pathlib
+import tempfile
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# Images that calibrate an int8 network, in batches of so many.
+CALIBRATION_BATCH = 32
+# Of ONNX Runtime's log: fatal errors alone.
+QUIET = 4
+
+
+def tidy(model: Any) -> Any:
+    """A graph (`onnx.ModelProto`) that computes the same in fewer nodes.
+
+    ONNX Runtime's own basic optimizations, which stay within standard ONNX, fold BatchNorms into
+    convolutions and constants into one another, cancel the transpositions around convolutions, and
+    leave out what does nothing at inference. A ReLU6 that was written as a maximum and a minimum
+    becomes one Clip, which runtimes compute together with the convolution before it.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    # What a converter infers of shapes is inferred again, with the layouts that there are now.
+    del model.graph.value_info[:]
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(pathlib.Path(folder) / 'tidy.onnx')
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=['CPUExecutionProvider']
+        )
+        model = onnx.load(options.optimized_model_filepath)
+    _clip(model.graph)
+    used = {node.domain for node in model.graph.node}
+    imports = [given for given in model.opset_import if given.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    return model
+
+
+def _clip(graph: Any) -> None:
+    """Writes Min(Max(x, low), high), of numbers low and high, as Clip(x, low, high)."""
+    import onnx
+
+    numbers = {
+        stored.name: onnx.numpy_helper.to_array(stored).reshape(())
+        for stored in graph.initializer
+        if np.prod(stored.dims) == 1
+    }
+    reads = collections.Counter(name for node in graph.node for name in node.input)
+    reads.update(output.name for output in graph.output)
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def bounded(node: Any, kind: str) -> tuple[str, str] | None:
+        """What a node bounds, and the name of the bound."""
+        if node is None or node.op_type != kind or len(node.input) != 2:
+            return None
+        for x, bound in (node.input, reversed(node.input)):
+            if bound in numbers and x not in numbers:
+                return x, bound
+        return None
+
+    gone = set()
+    for node in graph.node:
+        above = bounded(node, 'Min')
+        below = above and reads[above[0]] == 1 and bounded(makers.get(above[0]), 'Max')
+        if not below:
+            continue
+        name = node.output[0]
+        bounds = {f'{name}_low': numbers[below[1]], f'{name}_high': numbers[above[1]]}
+        gone.add(above[0])
+        node.CopyFrom(onnx.helper.make_node('Clip', [below[0], *bounds], [name]))
+        _add(graph, bounds)
+    kept = [node for node in graph.node if gone.isdisjoint(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    _drop_unread(graph)
+
+
+def stored_in(model: Any, dtype: str) -> Any:
+    """The graph with its kernels stored in a smaller type, from which it casts them up again.
+
+    Kernels are float32 constants with two axes or more; a runtime casts them once, when it loads
+    the file.
+    """
+    import onnx
+
+    graph, casts = model.graph, []
+    for stored in list(graph.initializer):
+        if stored.data_type == onnx.TensorProto.FLOAT and len(stored.dims) > 1:
+            small = onnx.numpy_helper.to_array(stored).astype(jnp.dtype(dtype))
+            name = f'{stored.name}_{dtype}'
+            _add(graph, {name: small})
+            casts.append(
+                onnx.helper.make_node('Cast', [name], [stored.name], to=onnx.TensorProto.FLOAT)
+            )
+            graph.initializer.remove(stored)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def quantized(model: Any, images: np.ndarray) -> Any:
+    """The graph in int8, by ONNX Runtime's static quantization in its QDQ form.
+
+    Weights have a scale for each channel, activations one for each array, which is what that array
+    holds while the network sees `images`. Inputs and outputs stay float32.
+
+    Args:
+      model: a tidied graph with one input.
+      images: float32 [number, height, width, channels].
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = _batches(model.graph.input[0].name, images)
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / 'int8.onnx'
+        quantization.quantize_static(model, path, Images(), per_channel=True)
+        return onnx.load(path)
+
+
+def _batches(name: str, images: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, len(images), CALIBRATION_BATCH):
+        yield {name: images[start : start + CALIBRATION_BATCH]}
+
+
+def _add(graph: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    import onnx
+
+    graph.initializer.extend(onnx.numpy_helper.from_array(x, name) for name, x in arrays.items())
+
+
+def _drop_unread(graph: Any) -> None:
+    reads = {name for node in graph.node for name in node.input}
+    kept = [stored for stored in graph.initializer if stored.name in reads]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

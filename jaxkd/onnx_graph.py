@@ -133,6 +133,8 @@ def quantized(model: Any, images: np.ndarray) -> Any:
         def get_next(self):
             return next(self.batches, None)
 
+    # Else it asks for what `tidy` has done.
+    quantization.quant_utils.add_pre_process_metadata(model)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / 'int8.onnx'
         quantization.quantize_static(model, path, Images(), per_channel=True)

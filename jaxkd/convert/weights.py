@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxkd import checkpoint
 from jaxkd.convert import files, layouts, names
-from jaxkd.errors import CheckpointError
+from jaxkd.errors import CheckpointError, ConfigError
 from jaxkd.graph import structure
 
 KIND = 'jaxkd variables'
@@ -81,7 +81,7 @@ def read(
     Raises:
       CheckpointError: what is there is something else, lacks variables, has others or ones of other
         shapes (it names some), or needs a model with other settings (it says which).
-      ConfigError: a package is missing.
+      ConfigError: a package is missing, or two variables would have one name.
     """
     path = pathlib.Path(path)
     found = find(path, model, variables, fresh)
@@ -143,7 +143,7 @@ def to_torch(variables: Any, model: nn.Module, library: str | None = None) -> di
       Arrays by name. Convolutions are [out, in, height, width], Dense layers [out, in].
 
     Raises:
-      ValueError: a library without a table for the model, or two variables of one name.
+      ConfigError: a library without a table for the model, or two variables of one name.
     """
     leaves = _flat(variables)
     tensors = arranged(leaves, model, _library(model, library))
@@ -180,9 +180,9 @@ def describe(
         norm = isinstance(module, nn.BatchNorm | nn.LayerNorm | nn.GroupNorm)
         named = tensors.get(f'{path}/scale' if norm else f'{path}/kernel')
         if context.method_name == '__call__' and named:
-            shape = leaves[f'{path}/scale' if norm else f'{path}/kernel'].shape
+            given, *_ = (*args, *kwargs.values())
             name = named.name.removesuffix('.weight')
-            layers[name] = _widths(module, shape, args[0].shape[-1], named.order.shape)
+            layers[name] = _widths(module, given.shape[-1], named.order.shape)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
@@ -195,27 +195,30 @@ def describe(
     }
 
 
-def _widths(
-    module: nn.Module, shape: layouts.Shape, inputs: int, theirs: layouts.Shape
-) -> dict[str, Any]:
+def _widths(module: nn.Module, inputs: int, shape: layouts.Shape) -> dict[str, Any]:
+    """Of a layer that reads so many channels, from the shape of its weight in PyTorch."""
     if isinstance(module, nn.BatchNorm):
         return {'num_features': shape[0], 'eps': module.epsilon}
     if isinstance(module, nn.GroupNorm):
         return {'num_channels': shape[0], 'num_groups': module.num_groups, 'eps': module.epsilon}
     if isinstance(module, nn.LayerNorm):
         return {'normalized_shape': list(shape), 'eps': module.epsilon}
-    if len(theirs) == 2:
-        return {'in_features': theirs[1], 'out_features': theirs[0]}
+    out, read, *window = shape
+    if not window:
+        return {'in_features': read, 'out_features': out}
+    groups = max(1, inputs // read)
     return {
-        'in_channels': theirs[1] * (groups := max(1, inputs // theirs[1])),
-        'out_channels': theirs[0],
+        'in_channels': groups * read,
+        'out_channels': out,
         'groups': groups,
-        'kernel_size': list(theirs[2:]),
+        'kernel_size': window,
     }
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
-    """The fields of a model that change what it computes, and no variable's shape."""
+    """The fields of a model of ours that change what it computes, and no variable's shape."""
+    if type(model) not in names.SOURCES:
+        return {}
     return {field: getattr(model, field) for field in names.FIELDS if hasattr(model, field)}
 
 
@@ -234,7 +237,8 @@ def _library(model: nn.Module, library: str | None = None) -> str | None:
     known = names.SOURCES.get(type(model), {})
     if library is not None and library not in known:
         listed = ', '.join(known) or 'none'
-        raise ValueError(f'{type(model).__name__} has names of {listed}, not of {library}')
+        why = f'its names are known for {listed}, not for {library}'
+        raise ConfigError('model', type(model).__name__, why=why)
     return library or next(iter(known), None)
 
 
@@ -260,7 +264,8 @@ def arranged(shapes: Mapping[str, Any], model: nn.Module, library: str | None) -
                 layout = layouts.vector
         tensors[name] = Tensor(theirs, layout(shape, sizes))
     if len({tensor.name for tensor in tensors.values()}) < len(tensors):
-        raise ValueError(f'two variables of {type(model).__name__} have one name in PyTorch')
+        why = 'two of its variables have one name in PyTorch'
+        raise ConfigError('model', type(model).__name__, why=why)
     return tensors
 
 
@@ -355,9 +360,9 @@ def _check(
         for name, tensor in tensors.items()
         if tuple(stored[tensor.name].shape) != tensor.order.shape
     }
-    if wrong and all(name.startswith('params/classifier/') for name in wrong):
-        bias = 'params/classifier/bias'
-        theirs, ours = stored[tensors[bias].name].shape[0], shapes[bias].shape[0]
+    bias = 'params/classifier/bias'
+    if bias in wrong and all(name.startswith('params/classifier/') for name in wrong):
+        theirs, ours = stored[tensors[bias].name].size, shapes[bias].shape[0]
         raise CheckpointError(
             path,
             f'it has {theirs} classes, and the {network} {ours}: make it with num_classes='

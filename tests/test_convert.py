@@ -1,9 +1,11 @@
 """Weights from PyTorch and back, by files that NumPy makes."""
 
+from collections.abc import Callable
 import functools
 import hashlib
 import json
 
+from flax import linen as nn
 from flax import traverse_util
 import jax
 from jax import lax
@@ -293,6 +295,31 @@ def test_export(folder, capsys):
         if 'in_channels' in layer:
             sizes = (layer['out_channels'], layer['in_channels'], *layer['kernel_size'])
             assert stored[f'{name}.weight'].shape == sizes and layer['groups'] == 1
+
+
+def test_export_keeps_to_its_two_files(folder, capsys):
+    flags = ['known', '--format=safetensors', '--out=widths.json']
+    assert export.main(flags) == 2
+    assert 'the widths are written to .json' in capsys.readouterr().err
+    assert not (folder / 'widths.json').exists()
+
+
+class Activated(nn.Module):
+    activation: Callable = nn.relu
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(self.activation(x))
+
+
+def test_description_of_a_network_of_ones_own():
+    """One whose field is a function, which JSON cannot hold."""
+    x = jax.ShapeDtypeStruct((1, 3), np.float32)
+    model = Activated(nn.gelu)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    described = json.loads(json.dumps(convert.describe(model.apply, variables, [x], model)))
+    assert described['settings'] == {} and described['model']['arguments'] is None
+    assert described['layers'] == {'Dense_0': {'in_features': 3, 'out_features': 2}}
 
 
 def test_description_counts_groups():

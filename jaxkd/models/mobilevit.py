@@ -33,7 +33,8 @@ def resize(x: jax.Array, height: int, width: int) -> jax.Array:
     """[batch, h, w, c] to [batch, height, width, c], bilinearly; x itself if it has that size."""
     if x.shape[1:3] == (height, width):
         return x
-    return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), 'bilinear')
+    shape = (x.shape[0], height, width, x.shape[-1])
+    return jax.image.resize(x, shape, 'bilinear', antialias=False)
 
 
 class Transformer(nn.Module):

@@ -325,7 +325,9 @@ def main() -> None:
         if not (difference <= LIMIT and row.get('back_to_the_bit', True)):
             far.append(name)
         kept = [other for other in report[kind] if key(other) != key(row)]
-        report |= {**machine.about(), 'versions': versions(), 'limit': LIMIT}
+        # The command of all rows; `--only` makes some of them.
+        report |= {**machine.about(), 'command': 'python benchmarks/parity.py'}
+        report |= {'versions': versions(), 'limit': LIMIT}
         report[kind] = [*kept, row]
         machine.write_report(flags.out, report)
         jax.clear_caches()

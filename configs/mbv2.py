@@ -4,7 +4,7 @@
 
 | preset        | images                    | on 2 CPU cores | teacher       | compact, ½ FLOPs |
 | ------------- | ------------------------- | -------------- | ------------- | ---------------- |
-| digits        | 1,797 of 8×8, no download | 4 minutes      | 0.986 ± 0.003 | 0.990 ± 0.003    |
+| digits        | 1,797 of 8×8, no download | 5 minutes      | 0.986 ± 0.003 | 0.990 ± 0.003    |
 | fashion_mnist | 70,000 of 28×28           | 80 minutes     | 0.9313        | 0.9293           |
 | cifar10       | 60,000 of 32×32           | not yet run    |               |                  |
 | cifar100      | 60,000 of 32×32           | not yet run    |               |                  |
@@ -53,20 +53,20 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         raise ValueError(f'{preset!r} is not one of {", ".join(PRESETS)}')
     config = ml_collections.ConfigDict(
         {
-            'seed': 0,
+            'seed': 0,  # of initial weights, batches, augmentation and the validation part
             'model': {
                 # A network of jaxkd.models, or package.module:function of your own: a function that
                 # returns a Linen module when it is called with the arguments, and with num_classes
                 # where it takes that.
                 'name': 'mobilenet_v2',
-                # Small images cannot be halved five times, as the paper's strides would.
+                # Of the network. Small images cannot be halved five times, as the paper's strides would.
                 'arguments': {'width': 1.0, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
             },
             'data': {
-                'name': 'digits',
+                'name': 'digits',  # what `python -m jaxkd.data list` prints, or folder:PATH
                 'labels': config_dict.placeholder(int),  # keep so many training examples
                 'validation': 0.1,  # share of the training split
-                'dir': config_dict.placeholder(str),  # of tensorflow-datasets
+                'dir': config_dict.placeholder(str),  # where tensorflow-datasets has prepared them
                 'image_size': config_dict.placeholder(int),  # of a folder's images, in pixels
                 # Of images that are decoded when they are read, those of folders and of ImageNet:
                 'crop': 0.08,  # least share of the area that a random crop shows; 1.0: the centre
@@ -74,22 +74,27 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'corrupt_limit': 10,  # so many that cannot be read are replaced, no more
                 # Of each channel, of pixels in [0, 1]; by default those of the training images.
                 'mean': config_dict.placeholder(tuple),
-                'std': config_dict.placeholder(tuple),
+                'std': config_dict.placeholder(tuple),  # likewise
                 'padding': 1,  # random shifts by up to so many pixels
                 'flip': True,  # where it keeps the label's meaning
                 # Done on the device, to the view that the teacher sees, too; nothing by default.
                 'augment': {
                     'color_jitter': 0.0,  # strength; 0.4 is usual
-                    'trivial_augment': False,
+                    'trivial_augment': False,  # one of 14 operations an image
                     'erasing': 0.0,  # probability; 0.25 is usual
                     'mixup': 0.0,  # α of Beta(α, α); 0.2 is usual
                     'cutmix': 0.0,  # likewise; 1.0 is usual; with both, one of the two an image
                 },
             },
-            'budget': {'flops': 0.5, 'params': 1.0, 'activations': 1.0, 'latency': 1.0},
-            # Or 'auto', or pairs of a pattern over parameter paths and settings: strength,
-            # resource, min_keep, max_keep, budget, freeze, removable, start, end (see
-            # jaxkd/search/blocks.py).
+            # Shares of the full network, or absolute numbers above 1; 1.0 sets no limit. All hold.
+            'budget': {
+                'flops': 0.5,  # multiply-adds of one image
+                'params': 1.0,  # elements of the collection 'params'
+                'activations': 1.0,  # bytes that convolutions and dots write for one image
+                'latency': 1.0,  # of one image on this device; above 1: milliseconds
+            },
+            # Pairs of a pattern over parameter paths and settings: strength, resource, min_keep,
+            # max_keep, budget, freeze, removable, start, end (see jaxkd/search/blocks.py); or 'auto'.
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             # Training computes in this, or in 'bfloat16'; parameters, statistics and what is
@@ -102,49 +107,54 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # Formats in which the compact network is written, too: 'stablehlo', 'onnx' (needs the
             # extra `export`), 'tflite' (`tensorflow`), 'safetensors' (`export`; for PyTorch).
             'export': ('stablehlo',),
-            'log_every': 20,  # steps
-            'checkpoint_seconds': 20.0,
+            'log_every': 20,  # steps between two rows of the log
+            'checkpoint_seconds': 20.0,  # between two saves, in the background
             'wandb': config_dict.placeholder(str),  # a project of Weights & Biases to draw in too
             'checkpoint_keep': 2,  # states of each stage, to go back to where one is damaged
             # Where the loss is no finite number, or 100 times that of guessing: 'stop', or
-            # 'rollback' to the end of the last epoch, and on with nan_factor of the learning rate,
-            # at most nan_times in a stage.
+            # 'rollback' to the end of the last epoch, and on more slowly.
             'on_nan': 'stop',
-            'nan_factor': 0.5,
-            'nan_times': 3,
+            'nan_factor': 0.5,  # of the learning rate, after a rollback
+            'nan_times': 3,  # rollbacks of a stage, at most
         }
     )
     stage = {
-        'batch_size': 64,
+        'batch_size': 64,  # a multiple of the number of devices
         # Parts that a batch is computed in, one after the other, where it is too large for the
         # devices' memory at once; BatchNorm then normalizes each by its own statistics.
         'accumulate': 1,
-        'warmup_epochs': 2.0,
+        'warmup_epochs': 2.0,  # in which the learning rate rises from 0; then it falls as a cosine
         'final_fraction': 0.0,  # of the learning rate, at the end
-        'momentum': 0.9,
-        'weight_decay': 5e-4,
-        'ema_decay': 0.95,
+        'momentum': 0.9,  # Nesterov's
+        'weight_decay': 5e-4,  # of kernels
+        'ema_decay': 0.95,  # in a step, of the average of the variables
     }
-    # (1 - alpha) · cross-entropy + alpha · Hinton's loss; or, in place of that, pairs of a loss and
-    # its settings, such as (('labels', {'weight': 0.1}), ('dkd', {'beta': 2.0, 'warmup': 0.2})): a
-    # weighted sum, in which 'labels' counts 1 unless told otherwise (see jaxkd/objective.py).
-    soft = {'alpha': 0.5, 'temperature': 2.0, 'losses': ()}
-    # What a stage hands on: the variables after its 'last' step, or the 'best' by validation.
-    choose = {'choose': 'last'}
+    soft = {
+        'alpha': 0.5,  # the loss is (1 - alpha) · cross-entropy + alpha · Hinton's
+        'temperature': 2.0,  # of Hinton's loss
+        # In place of that, pairs of a loss and its settings, such as (('labels',
+        # {'weight': 0.1}), ('dkd', {'beta': 2.0, 'warmup': 0.2})): a weighted sum, in which
+        # 'labels' counts 1 unless told otherwise (see jaxkd/objective.py).
+        'losses': (),
+    }
+    choose = {
+        # What a stage hands on: the averages after its 'last' step, or the 'best' by validation.
+        'choose': 'last',
+    }
     config.teacher = (
         stage
         | choose
         | {
-            'epochs': 30.0,
-            'learning_rate': 0.05,
-            'label_smoothing': 0.0,
+            'epochs': 30.0,  # how often it sees the training images
+            'learning_rate': 0.05,  # the highest
+            'label_smoothing': 0.0,  # makes for a worse teacher
             # So many, with seeds of their own; the mean of their logits teaches. The first is the
             # one that is made smaller.
             'number': 1,
             # Weights that there are, as they are or after tune_epochs of training: a folder that
             # `python -m jaxkd.convert` or orbax wrote, or .safetensors.
             'checkpoint': config_dict.placeholder(str),
-            'tune_epochs': config_dict.placeholder(float),
+            'tune_epochs': config_dict.placeholder(float),  # of these weights; by default none
             # A regular expression over the paths of parameters that begin anew, such as
             # 'classifier/' where the weights are of other classes.
             'fresh': config_dict.placeholder(str),
@@ -160,9 +170,9 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # 'random'), or 'gates', the size of their gates.
             'worth': 'fisher',
             'rounds': 1,  # in which a criterion cuts, evenly over the search
-            'epochs': 12.0,
-            'learning_rate': 0.02,
-            'final_fraction': 0.2,
+            'epochs': 12.0,  # how often it sees the training images
+            'learning_rate': 0.02,  # the highest
+            'final_fraction': 0.2,  # of the learning rate, at the end
             'ramp': 0.8,  # share of the search in which the cost falls to the budget
             # What closes: 'norm', the scales of norms and numbers of its own where no norm would
             # do; 'explicit', such numbers throughout; 'sigmoid', random ones (FiGS).
@@ -174,11 +184,11 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
             # Of every group that no block gives another, as a share; by default 1/8 of the width
             # at which a network as narrow everywhere would meet the budget.
             'min_keep': config_dict.placeholder(float),
-            # Search for less, the share expand_from of each budget, and widen all that is left by
-            # a common factor to the budget again (MorphNet); so often, one search a time.
+            # Search for less, and widen all that is left by a common factor to the budget again
+            # (MorphNet).
             'expand': False,
-            'expand_from': 0.7,
-            'alternations': 1,
+            'expand_from': 0.7,  # for how much: a share of each budget
+            'alternations': 1,  # so often, one search a time
             'round_to': 1,  # each group keeps a multiple of so many channels; 8 suits TPU and GPU
         }
     )
@@ -187,15 +197,15 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
         | choose
         | soft
         | {
-            'epochs': 35.0,
-            'learning_rate': 0.03,
-            # What it does otherwise than data.augment.
+            'epochs': 35.0,  # how often it sees the training images
+            'learning_rate': 0.03,  # the highest
+            # What it does otherwise than data.augment, field by field.
             'augment': {
-                'color_jitter': config_dict.placeholder(float),
-                'trivial_augment': config_dict.placeholder(bool),
-                'erasing': config_dict.placeholder(float),
-                'mixup': config_dict.placeholder(float),
-                'cutmix': config_dict.placeholder(float),
+                'color_jitter': config_dict.placeholder(float),  # as there
+                'trivial_augment': config_dict.placeholder(bool),  # as there
+                'erasing': config_dict.placeholder(float),  # as there
+                'mixup': config_dict.placeholder(float),  # as there
+                'cutmix': config_dict.placeholder(float),  # as there
             },
             # Who teaches: the 'teacher', or the 'average' of the network's own variables.
             'teacher': 'teacher',

@@ -59,7 +59,7 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 # returns a Linen module when it is called with the arguments, and with num_classes
                 # where it takes that.
                 'name': 'mobilenet_v2',
-                # Of the network. Small images cannot be halved five times, as the paper's strides would.
+                # Of the network. Small images cannot be halved five times, as the paper does it.
                 'arguments': {'width': 1.0, 'stem_stride': 1, 'strides': (1, 1, 2, 1, 1, 2, 1)},
             },
             'data': {
@@ -94,7 +94,8 @@ def get_config(preset: str = 'digits') -> ml_collections.ConfigDict:
                 'latency': 1.0,  # of one image on this device; above 1: milliseconds
             },
             # Pairs of a pattern over parameter paths and settings: strength, resource, min_keep,
-            # max_keep, budget, freeze, removable, start, end (see jaxkd/search/blocks.py); or 'auto'.
+            # max_keep, budget, freeze, removable, start, end (see jaxkd/search/blocks.py). Or
+            # 'auto'.
             'blocks': (),
             'inexact': 'freeze',  # or 'allow': cut under LayerNorm, where the others then change
             # Training computes in this, or in 'bfloat16'; parameters, statistics and what is

@@ -254,9 +254,8 @@ def safetensors(
     _check_there('safetensors', 'float32')
     from safetensors import numpy as file_format
 
-    beside = path and pathlib.Path(path).with_suffix('.json')
-    if path and beside == pathlib.Path(path):
-        raise errors.ConfigError('--out', str(path), why='the widths are written to .json')
+    if path and pathlib.Path(path).suffix != '.safetensors':
+        raise errors.ConfigError('--out', str(path), why='the name has to end in .safetensors')
     run, model = network(small, apply_kwargs), structure.full_module(small.module)
     with _failing('safetensors', small):
         tensors = convert.to_torch(small.variables, model)
@@ -268,8 +267,9 @@ def safetensors(
         return functools.partial(run, convert.read(file, model, small.variables))
 
     done = _compared('safetensors', small, path, written, opened, run)
-    if beside:
-        beside.write_text(json.dumps(described, indent=2) + '\n')
+    if done.path:
+        text = json.dumps(described, indent=2) + '\n'
+        records.write_text(done.path.with_suffix('.json'), text)
     return done
 
 

@@ -464,9 +464,13 @@ def _speed(report: Mapping[str, Any]) -> str:
         row(name, 1000 * seconds['teacher'], 1000 * seconds['compact'])
     content = _table(cells) if len(cells) > 1 else ''
     if report.get('export'):
-        files = [('file', 'bytes', 'largest difference')]
+        files = [('file', 'bytes', 'of the full network', 'largest difference')]
         for name, told in report['export'].items():
-            files.append((name, f'{told["bytes"]:,}', f'{told["difference"]:.0e}'))
+            if 'error' in told:
+                files.append((name, told['error'], '', ''))
+            else:
+                sizes = (f'{told[key]:,}' for key in ('bytes', 'full_bytes'))
+                files.append((name, *sizes, f'{told["difference"]:.0e}'))
         content += '<h3>Exported</h3>' + _table(files)
     return _section('Speed', content) if content else ''
 

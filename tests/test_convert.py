@@ -300,7 +300,7 @@ def test_export(folder, capsys):
 def test_export_keeps_to_its_two_files(folder, capsys):
     flags = ['known', '--format=safetensors', '--out=widths.json']
     assert export.main(flags) == 2
-    assert 'the widths are written to .json' in capsys.readouterr().err
+    assert 'has to end in .safetensors' in capsys.readouterr().err
     assert not (folder / 'widths.json').exists()
 
 

@@ -57,7 +57,7 @@ def skip_without(format):
         pytest.skip(export.missing(format))
 
 
-@pytest.mark.parametrize('format', export.FORMATS)
+@pytest.mark.parametrize('format', export.OPENED)
 def test_own_model(folder, own_model, format):
     skip_without(format)
     flags = ['own', f'--format={format}', '--out=own.file', '--model=own_net:Net']
@@ -69,7 +69,7 @@ def test_own_model(folder, own_model, format):
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-@pytest.mark.parametrize('format', export.FORMATS)
+@pytest.mark.parametrize('format', export.OPENED)
 def test_half_the_size(folder, format, dtype):
     skip_without(format)
     small = jaxkd.load('known')

@@ -141,7 +141,7 @@ def test_everything_from_outside_is_escaped(workdir):
         layers=[{'layer': NASTY, 'flops': cost, 'params': cost}],
         classes={'names': [NASTY, 'b'], 'images': [2, 1], 'teacher': [1, 1], 'compact': [2, 0]},
         confusion={'compact': [[2, 0], [1, 0]]},
-        export={NASTY: {'bytes': 10, 'difference': 1e-7}},
+        export={NASTY: {'bytes': 10, 'full_bytes': 20, 'difference': 1e-7}, 'a': {'error': NASTY}},
         inexact={NASTY: NASTY},
         rollbacks={NASTY: [NASTY]},
         versions={NASTY: NASTY, 'jaxkd': NASTY},

@@ -73,6 +73,7 @@ def run(seed: int | None, workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """A run with the random budgets of a seed, or the one that trains the teacher."""
     from configs import mbv2
     from jaxkd import pipeline
+    from jaxkd import plan as planning
 
     config = mbv2.get_config()
     config.model.name, arguments = NETWORKS[name]
@@ -85,10 +86,10 @@ def run(seed: int | None, workdir: pathlib.Path, name: str) -> dict[str, Any]:
     first = workdir / f'{name}-teacher'
     if first.exists() and not folder.exists():
         shutil.copytree(first / 'teacher', folder / 'teacher')
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     if seed is not None:
         draw(config, plan.graph, seed)
-        plan = pipeline.make_plan(config)
+        plan = planning.make_plan(config)
     with pipeline.prepared(config, folder, plan) as setup:
         teacher = pipeline.learn_teacher(setup, plan)
         if seed is None:

@@ -341,12 +341,13 @@ def train_full(folder: pathlib.Path, flags: list[str]) -> None:
     from absl import flags as absl_flags
 
     from jaxkd import cpu, main, pipeline, train
+    from jaxkd import plan as planning
 
     del main  # it defines the flags
     cpu.hold_memory()
     absl_flags.FLAGS(['headline', *flags])
     config = absl_flags.FLAGS.config
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     start = time.monotonic()
     with pipeline.prepared(config, folder, plan) as setup:
         variables = pipeline.learn_teacher(setup, plan)

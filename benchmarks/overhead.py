@@ -35,6 +35,7 @@ import numpy as np
 from configs import mbv2
 from jaxkd import cpu, data, loop, pipeline, train
 from jaxkd import mesh as meshes
+from jaxkd import plan as planning
 from jaxkd.search import learn, penalty
 
 # Seconds of a turn.
@@ -69,7 +70,7 @@ def main() -> None:
 
 def steps(config: Any, repeats: int) -> dict[str, float]:
     """Median milliseconds of a step of each kind, at full width."""
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     mesh = meshes.make_mesh()
     learning = data.load(config.data.name, 'train', seed=0)
     examples = train.put(learning, mesh)
@@ -174,7 +175,7 @@ def _train(
     config: Any, workdir: pathlib.Path, names: list[str], there: connection.Connection
 ) -> None:
     """Plain training, or search and distillation; says so when one of them is done."""
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     with pipeline.prepared(config, workdir, plan) as setup:
         teacher = None if names == ['plain'] else pipeline.learn_teacher(setup, plan)
         there.send('ready')

@@ -11,8 +11,9 @@ from PIL import Image, ImageEnhance, ImageOps
 import pytest
 
 from configs import mbv2
-from jaxkd import data, errors, pipeline, train
+from jaxkd import data, errors, train
 from jaxkd import mesh as meshes
+from jaxkd import plan as planning
 from jaxkd.data import operations
 from jaxkd.data.split import in_memory
 
@@ -58,14 +59,14 @@ def test_settings_are_checked():
     config.data.augment.mixup = 0.2
     config.distil.augment.cutmix = 1.0
     # The distillation says what it does otherwise.
-    found = pipeline.distil_augmentation(config)
+    found = planning.distil_augmentation(config)
     assert found == data.Augmentation(mixup=0.2, cutmix=1.0)
     config.distil.augment.erasing = 2.0
     with pytest.raises(errors.ConfigError, match='distil.augment.erasing is 2.0'):
-        pipeline.make_plan(config)
+        planning.make_plan(config)
     config.data.augment.cutmix = -1.0
     with pytest.raises(errors.ConfigError, match='data.augment.cutmix is -1.0'):
-        pipeline.make_plan(config)
+        planning.make_plan(config)
 
 
 # Mixtures

@@ -13,6 +13,7 @@ import tiny
 
 import jaxkd
 from jaxkd import export, pipeline
+from jaxkd import plan as planning
 
 # With JAX alone: the file says everything.
 ALONE = """
@@ -170,7 +171,7 @@ def test_run_refuses_formats_at_once(monkeypatch, formats, words):
     config.export = formats
     monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
     with pytest.raises(jaxkd.ConfigError) as error:
-        pipeline.make_plan(config)
+        planning.make_plan(config)
     assert all(word in str(error.value) for word in words)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import pipeline
+from jaxkd import plan as planning
 from jaxkd.graph import latency
 
 CONFIG = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'mbv2.py'
@@ -244,15 +244,15 @@ def test_pipelines_measure_where_a_budget_asks_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, 'time_probes', lambda probes, seconds: clock(probes))
     config = runpy.run_path(str(CONFIG))['get_config']()
     config.model.arguments.update(width=0.1)
-    assert len(pipeline.make_plan(config).budgets) == 1 and not clock.probes
+    assert len(planning.make_plan(config).budgets) == 1 and not clock.probes
     config.budget.update(latency=0.5)
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     assert clock.probes and {b.resource for b in plan.budgets} == {'flops', 'latency'}
     np.testing.assert_allclose(plan.budgets[-1].most, 5e-4)
     clock.probes.clear()
     config.budget.update(latency=-1.0)
     with pytest.raises(jaxkd.ConfigError, match='budget.latency'):
-        pipeline.make_plan(config)
+        planning.make_plan(config)
     assert not clock.probes
 
 

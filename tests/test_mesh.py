@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from configs import mbv2
-from jaxkd import data, errors, hosts, metrics, pipeline, train, watch
+from jaxkd import data, errors, hosts, metrics, train, watch
 from jaxkd import mesh as meshes
+from jaxkd import plan as planning
 from tests import test_train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def test_a_plan_is_refused(changes, field):
     config = mbv2.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(errors.ConfigError, match=field):
-        pipeline.make_plan(config)
+        planning.make_plan(config)
 
 
 def test_processes_are_all_told_or_none():

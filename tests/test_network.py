@@ -11,6 +11,7 @@ import pytest
 
 import jaxkd
 from jaxkd import data, metrics, mode, network, pipeline
+from jaxkd import plan as planning
 from tests import tiny
 
 MODULE = """
@@ -98,10 +99,10 @@ def test_weights_that_there_are_teach(folder):
 
     config.teacher.tune_epochs = 1.0
     config.teacher.fresh = 'Dense_0/'
-    fresh = pipeline.make_plan(config).weights
+    fresh = planning.make_plan(config).weights
     assert fresh['params'].keys() == {'BatchNorm_0', 'BatchNorm_1', 'Conv_0', 'Conv_1'}
     config.teacher.fresh = None
-    plan = pipeline.make_plan(config)
+    plan = planning.make_plan(config)
     with pipeline.prepared(config, folder / 'tuned', plan) as setup:
         pipeline.learn_teachers(setup, plan)
     rows = [row for row in metrics.read_metrics(folder / 'tuned') if row['stage'] == 'teacher']
@@ -152,7 +153,7 @@ def test_what_cannot_be_is_refused(folder, name, changes, words):
         with part.unlocked():
             part[last] = value
     with pytest.raises(jaxkd.ConfigError, match=words):
-        pipeline.make_plan(config)
+        planning.make_plan(config)
 
 
 def test_modes():

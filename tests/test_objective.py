@@ -18,6 +18,7 @@ from jaxkd import (
     objective,
     pipeline,
 )
+from jaxkd import plan as planning
 from tests import tiny
 
 SHAPES = {
@@ -159,7 +160,7 @@ def test_a_plan_refuses_it_too(stage, fields, words):
     config = tiny.get_config()
     config[stage].update(fields)
     with pytest.raises(errors.ConfigError) as refused:
-        pipeline.make_plan(config)
+        planning.make_plan(config)
     assert all(word in str(refused.value) for word in words), str(refused.value)
 
 

@@ -1,12 +1,15 @@
 """README and docs: links lead somewhere, examples run, commands and names are those that there are.
 
-The Python blocks of a page share a namespace. It is empty but for what the page says its reader
-has, a small network and a little data in the place of theirs: see `reader`.
+The Python blocks of a page share a namespace and a folder. These are empty but for what the page
+says its reader has, small networks and a little data in the place of theirs: see `READERS`. A block
+for a package that is not installed is left out.
 """
 
 import argparse
+import ast
 import copy
 import importlib
+import importlib.util
 import pathlib
 import re
 import runpy
@@ -23,7 +26,7 @@ import numpy as np
 import pytest
 
 import jaxkd
-from jaxkd import main
+from jaxkd import checkpoint, export, main, models
 from jaxkd.graph import rules
 from jaxkd.search import criteria
 
@@ -80,32 +83,72 @@ class Net(nn.Module):
         return nn.Dense(4)(jnp.mean(x, axis=(1, 2)))
 
 
-def reader(page):
-    """What the reader of a page has."""
-    if page != 'docs/library.md':
-        return {}
+def a_network():
+    """A network and data."""
     random = np.random.default_rng(0)
     images = random.standard_normal((4, 8, 8, 3), np.float32)
     model = Net()
     variables = model.init(jax.random.key(0), images)
     graph = jaxkd.trace(model, variables, images)
-    batch = {'image': images, 'label': np.arange(4)}
     return {
         'model': model,
         'variables': variables,
         'teacher': variables,
         'images': images,
         'scores': criteria.l1(graph, variables),
-        'batches': [batch] * 60,
+        'batches': [{'image': images, 'label': np.arange(4)}] * 60,
     }
+
+
+def exported_files():
+    """Files of a compact network, and images for it."""
+    has = a_network()
+    small = jaxkd.prune(has['model'], has['variables'], has['images'], flops=0.5)
+    for name, path, package in (
+        ('stablehlo', 'small.hlo', 'jax'),
+        ('onnx', 'small.onnx', 'onnxruntime'),
+        ('tflite', 'small.tflite', 'tensorflow'),
+    ):
+        if importlib.util.find_spec(package):
+            export.FORMATS[name](small, path)
+    return {'images': has['images']}
+
+
+def weights():
+    """What `jaxkd.convert` has written, and a compact network for PyTorch."""
+    model, image = models.create('mobilenet_v2'), jnp.zeros((1, 32, 32, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    checkpoint.write('weights/mobilenet_v2', zeros, {'kind': 'jaxkd variables'})
+    if importlib.util.find_spec('torchvision'):
+        model = models.create('mobilenet_v2', num_classes=10)
+        variables = jax.jit(model.init)(jax.random.key(0), image)
+        small = jaxkd.prune(model, variables, image, flops=0.5)
+        export.FORMATS['safetensors'](small, 'small.safetensors')
+    return {}
+
+
+READERS = {
+    'docs/library.md': a_network,
+    'docs/export.md': exported_files,
+    'docs/weights.md': weights,
+}
+
+
+def installed(code):
+    """Whether all is there that a block imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return all(importlib.util.find_spec(name.split('.')[0]) for name in names)
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rules, 'RULES', dict(rules.RULES))
-    namespace = {'__name__': 'page', **reader(page)}
-    for code in blocks(page, 'python'):
+    namespace = {'__name__': 'page', **READERS.get(page, dict)()}
+    for code in filter(installed, blocks(page, 'python')):
         exec(compile(code, page, 'exec'), namespace)
 
 

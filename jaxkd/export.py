@@ -161,14 +161,11 @@ def onnx(
         after that nothing bounds what rounding does, and the difference is told alone.
     """
     _check_there('onnx', dtype, int8)
-    import jax2onnx
 
     own = network(small, apply_kwargs)
     inputs = [jax.ShapeDtypeStruct(('batch', *x.shape[1:]), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):
-        # Not by its own way to write a file, which puts large weights into a second one.
-        call = functools.partial(own, small.variables)
-        model = onnx_graph.tidy(jax2onnx.to_onnx(call, inputs, return_mode='proto'))
+        model = onnx_graph.converted(functools.partial(own, small.variables), inputs)
         written = model.SerializeToString()
     if dtype != 'float32' or int8 is not None:
         _check('onnx', small, onnx_function(written), own)

@@ -1,16 +1,21 @@
-"""What is done to an ONNX graph before it is written: tidied, stored in fewer bits, or quantized.
+"""ONNX graphs: made of a function, tidied, stored in fewer bits, or quantized.
 
-Needs onnx and onnxruntime, which are imported where they are used.
+Needs jax2onnx, onnx and onnxruntime, which are imported where they are used.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import logging
 import pathlib
 import tempfile
 from typing import Any
 
+from flax import linen as nn
+import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +23,60 @@ import numpy as np
 CALIBRATION_BATCH = 32
 # Of ONNX Runtime's log: fatal errors alone.
 QUIET = 4
+
+
+def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """A function of arrays as an ONNX graph (`onnx.ModelProto`), tidied."""
+    import jax2onnx
+
+    def pooled(*inputs):
+        with _plain_pooling():
+            return call(*inputs)
+
+    log = logging.getLogger('onnx_ir')  # it warns of shapes that it leaves out
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        # Not by its own way to write a file, which puts large weights into a second one.
+        return tidy(jax2onnx.to_onnx(pooled, inputs, return_mode='proto'))
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _plain_pooling() -> Iterator[None]:
+    """Inside, Flax's pooling is called with keywords and without padding, as jax2onnx wants it.
+
+    What it would have padded is padded before, which computes the same.
+    """
+    patched = {name: getattr(nn, name) for name in ('max_pool', 'avg_pool')}
+
+    def max_pool(inputs, window_shape, strides=None, padding='VALID'):
+        lowest = -jnp.inf if jnp.issubdtype(inputs.dtype, jnp.floating) else None
+        return pool('max_pool', inputs, window_shape, strides, padding, lowest)
+
+    def avg_pool(inputs, window_shape, strides=None, padding='VALID', count_include_pad=True):
+        found = pool('avg_pool', inputs, window_shape, strides, padding, 0)
+        if count_include_pad or padding == 'VALID':
+            return found
+        ones = jnp.ones_like(inputs)
+        return found / pool('avg_pool', ones, window_shape, strides, padding, 0)
+
+    def pool(name, inputs, window_shape, strides, padding, filling):
+        window = tuple(window_shape)
+        strides = (1,) * len(window) if strides is None else tuple(strides)
+        if padding != 'VALID' and filling is not None and inputs.ndim == len(window) + 2:
+            if isinstance(padding, str):
+                padding = lax.padtype_to_pads(inputs.shape[1:-1], window, strides, padding)
+            around = [(0, 0), *((int(low), int(high)) for low, high in padding), (0, 0)]
+            inputs, padding = jnp.pad(inputs, around, constant_values=filling), 'VALID'
+        return patched[name](inputs, window_shape=window, strides=strides, padding=padding)
+
+    nn.max_pool, nn.avg_pool = max_pool, avg_pool
+    try:
+        yield
+    finally:
+        nn.max_pool, nn.avg_pool = patched['max_pool'], patched['avg_pool']
 
 
 def tidy(model: Any) -> Any:

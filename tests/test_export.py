@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+from flax import linen as nn
 import jax
 import numpy as np
 import pytest
@@ -67,6 +68,34 @@ def test_own_model(folder, own_model, format):
     small = jaxkd.load('own', own_model)
     right = small.apply(small.variables, images(4), frozen=True)
     assert_equal_outputs(called(images(4)), right)
+
+
+class Pooling(nn.Module):
+    """Every way to call Flax's pooling."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (3, 3))(x)
+        x = nn.max_pool(x - 5.0, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        y = nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
+        x = (
+            y
+            + nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)))
+            + nn.max_pool(x, (3, 3), padding='SAME')
+        )
+        return nn.Dense(3)(nn.avg_pool(x, (2, 2), strides=(2, 2)).mean((1, 2)))
+
+
+def test_pooling_of_all_kinds(tmp_path):
+    skip_without('onnx')
+    model = Pooling()
+    variables = model.init(jax.random.key(0), images(2))
+    small = jaxkd.prune(model, variables, images(2), flops=0.5)
+    before = nn.max_pool, nn.avg_pool
+    export.onnx(small, tmp_path / 'pooling.onnx')
+    assert (nn.max_pool, nn.avg_pool) == before
+    right = small.apply(small.variables, images(3))
+    assert_equal_outputs(export.onnx_function(tmp_path / 'pooling.onnx')(images(3)), right)
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])

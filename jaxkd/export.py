@@ -161,7 +161,6 @@ def onnx(
         after that nothing bounds what rounding does, and the difference is told alone.
     """
     _check_there('onnx', dtype, int8)
-
     own = network(small, apply_kwargs)
     inputs = [jax.ShapeDtypeStruct(('batch', *x.shape[1:]), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):

@@ -24,7 +24,7 @@ import machine
 import numpy as np
 
 import jaxkd
-from jaxkd import command, errors, export, models
+from jaxkd import errors, export, mode, models
 from jaxkd.graph import latency
 from jaxkd.graph.structure import CompactModel
 
@@ -50,7 +50,7 @@ PACKAGES = ('jax', 'flax', 'jax2onnx', 'onnxruntime', 'tensorflow')
 def measure(name: str, formats: list[str]) -> list[dict]:
     """The rows of one network."""
     model = models.create(name, **NETWORKS[name])
-    kwargs = command.at_inference(model, {})
+    kwargs = mode.arguments(model, train=False)
     image = np.zeros((1, *IMAGE), np.float32)
     variables = jax.jit(functools.partial(model.init, **kwargs))(jax.random.key(0), image)
     small = jaxkd.prune(model, variables, image, flops=0.5, criterion='l1', **kwargs)

@@ -417,13 +417,7 @@ def write_images(path: pathlib.Path, config: dict[str, Any]) -> None:
     from jaxkd import data
 
     settings = config['data']
-    load = functools.partial(
-        data.load,
-        settings['name'],
-        seed=config['seed'],
-        validation=settings['validation'],
-        labels=settings['labels'],
-    )
+    load = data.loader(settings, config['seed'])
     learning, test = load('train'), load('test')
     mean, std = data.statistics(learning)
     path.parent.mkdir(parents=True, exist_ok=True)

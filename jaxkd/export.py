@@ -614,16 +614,8 @@ def _images_of(folder: str) -> _Images:
         )
         raise errors.ConfigError('DIR', folder, why=why)
     given = report['config']['data']
-    load = functools.partial(
-        data.load,
-        given['name'],
-        seed=report['seed'],
-        validation=given['validation'],
-        labels=given['labels'],
-        data_dir=given['dir'],
-        image_size=given['image_size'],
-        corrupt=data.CorruptImages(given['corrupt_limit']),
-    )
+    corrupt = data.CorruptImages(given['corrupt_limit'])
+    load = data.loader(given, report['seed'], corrupt)
     mean, std = (np.float32(report['normalization'][name]) for name in ('mean', 'std'))
     return _Images(load, mean, std)
 

@@ -11,15 +11,7 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from jaxkd import (
-    errors,
-    export,
-    features,
-    hosts,
-    loop,
-    mode,
-    train,
-)
+from jaxkd import errors, export, features, hosts, loop, mode, train
 from jaxkd import mesh as meshes
 from jaxkd import plan as planning
 from jaxkd import report as telling

@@ -128,18 +128,7 @@ def prepared(
     """The data on the devices, the workdir claimed, the log and the display open."""
     mesh = meshes.make_mesh()
     corrupt = data.CorruptImages(config.data.corrupt_limit)
-    load = functools.partial(
-        data.load,
-        config.data.name,
-        seed=config.seed,
-        validation=config.data.validation,
-        labels=config.data.labels,
-        data_dir=config.data.dir,
-        image_size=config.data.image_size,
-        crop=config.data.crop,
-        workers=config.data.workers,
-        corrupt=corrupt,
-    )
+    load = data.loader(config.data, config.seed, corrupt)
     learning, validation = load('train'), load('validation')
     mean, std = hosts.first(lambda: _statistics(config, learning))
     weights = planning.stages(config)
@@ -230,11 +219,11 @@ def learn_teacher(setup: loop.Setup, plan: planning.Plan, stage: str = 'teacher'
     Without label smoothing, which makes for better networks and worse teachers (Müller et al.
     2019, https://arxiv.org/abs/1906.02629).
     """
-    start = jax.jit(planning.init(plan.model, plan.graph.inputs[0]))(
-        jax.random.key(setup.config.seed)
-    )
-    if plan.weights is not None:
-        new, there = map(traverse_util.flatten_dict, (start, plan.weights))
+    start = plan.weights
+    if start is None or setup.config.teacher.fresh is not None:
+        init = jax.jit(planning.init(plan.model, plan.graph.inputs[0]))
+        new = init(jax.random.key(setup.config.seed))
+        new, there = map(traverse_util.flatten_dict, (new, start or {}))
         start = traverse_util.unflatten_dict(new | there)
     # Runs that differ in what comes later may share a teacher, and in how many more there are.
     given = _settings(setup.config, AFTER_TEACHER)

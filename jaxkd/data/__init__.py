@@ -35,7 +35,7 @@ from jaxkd.data.command import main
 from jaxkd.data.corrupt import CorruptImages
 from jaxkd.data.fashion_mnist import prepare_fashion_mnist
 from jaxkd.data.files import Files, read_ahead
-from jaxkd.data.loading import load
+from jaxkd.data.loading import load, loader
 from jaxkd.data.order import Steps, epoch_order, eval_batches
 from jaxkd.data.scaling import normalize, statistics
 from jaxkd.data.split import PARTS, Split
@@ -55,6 +55,7 @@ __all__ = [
     'eval_batches',
     'info',
     'load',
+    'loader',
     'main',
     'make_augmentation',
     'mixup',

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import functools
 import numbers
 import os
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +120,24 @@ def load(
         kept = balanced(whole.labels[chosen], labels, np.random.default_rng([seed, 2]))
         chosen = chosen[kept]
     return subset(whole, chosen)
+
+
+def loader(
+    settings: Mapping[str, Any], seed: int, corrupt: CorruptImages | None = None
+) -> Callable[[str], Split]:
+    """`load` as a function of the part, with the fields of a config's `data`."""
+    return functools.partial(
+        load,
+        settings['name'],
+        seed=seed,
+        validation=settings['validation'],
+        labels=settings['labels'],
+        data_dir=settings['dir'],
+        image_size=settings['image_size'],
+        crop=settings['crop'],
+        workers=settings['workers'],
+        corrupt=corrupt,
+    )
 
 
 def _drawn(whole: Split, part: str, validation: float, seed: int) -> np.ndarray:

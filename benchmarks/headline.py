@@ -10,10 +10,12 @@ stopped; the second makes the README's table and pictures of the rows that there
 torch and torch-pruning; without it their rows are left out. Fashion-MNIST has to be prepared (see
 the README) in $TFDS_DATA_DIR or its default place.
 
-All methods of a seed see the same images, the same random shifts and flips, batches, optimizer and
-moving average, and altogether as many epochs: those of jaxkd's teachers, search and distillation.
-The epochs of a second teacher go into training on where there is none. Accuracies are on the test
-part, which nothing has seen.
+All methods of a seed see the same images, the same random shifts, flips and erasing, batches,
+optimizer and moving average, and altogether as many epochs: those of jaxkd's teachers, search and
+distillation. The epochs of a second teacher go into training on where there is none.
+
+Accuracies are on the test part, which no run looks at before its end. Recipes were chosen by that
+of seed 0, though: what was tried is in benchmarks/results/tried.json.
 
 | method           | the epochs of teachers / search / distillation are spent on                |
 | ---------------- | -------------------------------------------------------------------------- |
@@ -36,6 +38,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -110,6 +113,7 @@ def recipe(data: str, labels: int | None) -> Recipe:
         for field, value in shared.items()
     ]
     flags.append('--config.data.validation=0.02')  # of 60,000; a look at them takes its time, too
+    flags.append('--config.data.augment.erasing=0.25')
     return Recipe(40, 10, 60, 0.05, 2, tuple(flags))
 
 
@@ -174,6 +178,7 @@ FULL = {
     'baseline_long': lambda recipe: [f'--config.teacher.epochs={recipe.total}'],
 }
 TORCH = ('torch_pruning', 'network_slimming')
+TORCH_NETWORKS = ('mobilenet_v2',)
 METHODS = (*FULL, *CUT, *TORCH)
 
 
@@ -211,8 +216,12 @@ def main() -> None:
         train_full(arguments.full, flags)
     elif flags:
         parser.error(f'unknown arguments {flags}')
+    elif arguments.torch_python and arguments.network not in TORCH_NETWORKS:
+        parser.error(
+            f'--torch-python: there is no {arguments.network} in benchmarks/torch_networks.py'
+        )
     elif arguments.readme:
-        write_readme(arguments.readme, json.loads(arguments.out.read_text())['rows'])
+        write_readme(arguments.readme, current(json.loads(arguments.out.read_text())['rows']))
     else:
         make_rows(arguments)
 
@@ -239,7 +248,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
     with futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for wave in waves(arguments):
             list(pool.map(keep, wave))
-    for line in table(report['rows']):
+    for line in table(current(report['rows'])):
         print(line)
 
 
@@ -370,8 +379,11 @@ def run_torch(
 ) -> dict[str, Any]:
     """One of Torch-Pruning's pruners, in a process that has no JAX."""
     asked = runs / f'{task.name()}.json'
-    images = runs / f'images-{task.seed}.npz'
     config = _config(flags_of(arguments, task, how))
+    images = runs / f'images-{task.seed}-{_digest(config["data"])}.npz'
+    erasing = dict.fromkeys(('teacher', 'search', 'distil'), config['data']['augment']['erasing'])
+    if config['distil']['augment']['erasing'] is not None:
+        erasing['distil'] = config['distil']['augment']['erasing']
     if not images.exists():
         write_images(images, config)
     asked.parent.mkdir(parents=True, exist_ok=True)
@@ -388,9 +400,11 @@ def run_torch(
         'budget': task.shares(),
         'seed': task.seed,
         'padding': config['data']['padding'],
-        'stages': {stage: config[stage] for stage in ('teacher', 'search', 'distil')},
-        'trained': str(runs / f'torch-{task.seed}.pt'),
+        'stages': {stage: config[stage] | {'erasing': chance} for stage, chance in erasing.items()},
     }
+    shared = {name: settings[name] for name in ('network', 'arguments', 'images', 'padding')}
+    origin = _digest([shared, settings['stages']['teacher']])
+    settings['trained'] = str(runs / f'torch-{task.seed}-{origin}.pt')
     asked.write_text(json.dumps(settings))
     worker = str(pathlib.Path(__file__).parent / 'torch_pruners.py')
     answer = asked.with_suffix('.answer.json')
@@ -433,6 +447,11 @@ def write_images(path: pathlib.Path, config: dict[str, Any]) -> None:
     )
 
 
+def _digest(settings: Any) -> str:
+    """Tells what was made with other settings apart."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _words(arguments: argparse.Namespace) -> str:
     return f'{arguments.network}-{arguments.data}-{arguments.labels or "all"}'
 
@@ -446,6 +465,16 @@ def _same(row: dict[str, Any], arguments: argparse.Namespace, task: Task) -> boo
     if _key(row) != (arguments.network, arguments.data, arguments.labels, *task):
         return False
     return row['flags'] == flags_of(arguments, task, recipe(arguments.data, arguments.labels))
+
+
+def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those made as they would be made now: of two recipes there is no comparison."""
+
+    def made_now(row: dict[str, Any]) -> bool:
+        about = argparse.Namespace(**{key: row[key] for key in ('network', 'data', 'labels')})
+        return _same(row, about, Task(row['method'], row['budget'], row['seed']))
+
+    return [row for row in rows if made_now(row)]
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

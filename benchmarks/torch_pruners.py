@@ -4,8 +4,8 @@
 
 PYTHON has torch and torch-pruning. The network is trained on the labels, then with the pruner's own
 sparsity term for as long as jaxkd searches, cut step by step until its cost is within the budget,
-and trained on for as long as jaxkd distils. Optimizer, schedule, moving average, batches and random
-shifts and flips are those of `jaxkd.train`.
+and trained on for as long as jaxkd distils. Optimizer, schedule, moving average, batches, random
+shifts, flips and erasing are those of `jaxkd.train`.
 
 `torch_pruning` is Torch-Pruning's group norm pruner with its sparse learning (Fang et al. 2023,
 DepGraph), `network_slimming` its pruner by the scales of BatchNorm (Liu et al. 2017): importance,
@@ -112,14 +112,21 @@ def main(asked: str, answer: str) -> None:
 
 
 def jax_like(network: nn.Module) -> None:
-    """Initial weights as Flax draws them: normal, of variance 1 / inputs, without outliers."""
+    """Initial weights as jaxkd's networks draw them.
+
+    Convolutions: normal, of variance 2 / outputs (He et al. 2015), where the outputs of a depthwise
+    one are all its channels, as Flax counts. Products: normal, of variance 1 / inputs, without
+    outliers.
+    """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            fan_in = module.weight[0].numel()
-            scale = math.sqrt(1 / fan_in) / 0.87962566103423978  # of a normal cut at two deviations
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        elif isinstance(module, nn.Linear):
+            # Of a normal that is cut at two deviations.
+            scale = math.sqrt(1 / module.in_features) / 0.87962566103423978
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
 
 
 def cost(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
@@ -179,6 +186,7 @@ def train(
             each_epoch()
         chosen = order[(step % per_epoch) * batch :][:batch].to(device)
         views = shifted(inputs[chosen], padding, bool(images['flip']), random)
+        views = erased(views, stage['erasing'], random)
         rate = learning_rate(stage, step, steps, per_epoch)
         for group in optimizer.param_groups:
             group['lr'] = rate
@@ -222,13 +230,36 @@ def shifted(
     return moved.permute(0, 3, 1, 2)
 
 
+def erased(images: torch.Tensor, probability: float, random: torch.Generator) -> torch.Tensor:
+    """Some images without a rectangle: `jaxkd.data.augmentation.random_erasing`."""
+    if not probability:
+        return images
+    number, channels, height, width = images.shape
+    size = torch.tensor([height, width])[:, None]
+    chance = torch.rand(5, number, generator=random)
+    area = height * width * (0.02 + 0.31 * chance[0])
+    ratio = torch.exp((2 * chance[1] - 1) * math.log(3.3))
+    ratio = torch.clamp(ratio, area / width**2, height**2 / area)
+    sides = torch.stack([torch.sqrt(area * ratio), torch.sqrt(area / ratio)]).round().clamp(min=1)
+    start = torch.floor(chance[2:4] * (size - sides + 1))
+    stop = start + sides * (chance[4] < probability)
+    rows, columns = (
+        (torch.arange(length) >= low[:, None]) & (torch.arange(length) < high[:, None])
+        for length, low, high in zip((height, width), start, stop, strict=True)
+    )
+    inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
+    colour = torch.randint(0, 256, (number, channels, 1, 1), generator=random)
+    return torch.where(inside, colour.to(images), images)
+
+
 def normalizer(
     images: dict[str, np.ndarray], device: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes inputs of images, uint8 [n, channels, height, width], by the training part's mean."""
+    """Makes inputs of images, uint8 [n, channels, height, width], by the training part's mean and
+    deviation, which are of pixels in [0, 1]."""
     mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
     mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
-    return lambda views: (views.float() - mean) / std
+    return lambda views: (views.float() / 255 - mean) / std
 
 
 def evaluate(network: nn.Module, images: dict[str, np.ndarray], device: str) -> float:

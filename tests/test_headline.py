@@ -60,6 +60,15 @@ def test_gains_are_paired_by_seed(headline):
     assert peer['spread'] is None and peer['interval'] is None
 
 
+def test_rows_of_an_earlier_recipe_are_left_out(headline):
+    about = argparse.Namespace(network='mobilenet_v2', data='digits', labels=None)
+    now = headline.flags_of(
+        about, headline.Task('baseline', '', 0), headline.recipe('digits', None)
+    )
+    rows = [row('baseline', 0, 0.9, flags=flags) for flags in (now, [*now, '--config.x=1'])]
+    assert headline.current(rows) == rows[:1]
+
+
 def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
     monkeypatch.setattr(headline, 'RESULTS', tmp_path)
     readme = tmp_path / 'README.md'

@@ -20,7 +20,7 @@ import warnings
 import jax
 import numpy as np
 
-from jaxkd import command, cpu, device, errors, export, mode, saved
+from jaxkd import command, cpu, device, errors, export, mode
 from jaxkd.graph import latency, structure
 from jaxkd.graph import table as tables
 from jaxkd.graph.structure import CompactModel
@@ -358,11 +358,11 @@ def _run(flags: argparse.Namespace) -> None:
         os.sched_setaffinity(0, cores)  # XLA starts a thread on each core that it may use
     cpu.hold_memory()
     device.keep_compiled()
-    model, apply_kwargs = command.model(flags), command.apply(flags)
+    apply_kwargs = command.apply(flags)
     rows: list[Row] = []
     nodes: list[Layer] = []
     for folder in flags.folders:
-        small = saved.load(saved.within(folder), model)
+        small = command.load(flags, folder)
         for batch_size in flags.batch:
             rows += measure(
                 small,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import os
 import sys
 from typing import Any, NoReturn
 
 from flax import linen as nn
 
-from jaxkd import errors, network
+from jaxkd import errors, network, saved
+from jaxkd.graph.structure import CompactModel
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,9 +33,9 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     parser.add_argument(
         '--arguments',
-        default='{}',
         metavar='DICT',
-        help='of the network or the function: "{\'num_classes\': 10}"',
+        help='of the network or the function: "{\'num_classes\': 10}"'
+        + ('' if required else ' (default: those that it was made with, as far as it takes them)'),
     )
     parser.add_argument(
         '--apply',
@@ -44,10 +46,45 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def model(flags: argparse.Namespace) -> nn.Module | None:
-    """The model that the command line names, if it names one."""
-    arguments = literal('--arguments', flags.arguments, dict, "{'num_classes': 10}")
-    return None if flags.model is None else network.make(flags.model, arguments)
+def model(flags: argparse.Namespace) -> nn.Module:
+    """The model that the command line names."""
+    return network.make(flags.model, arguments(flags))
+
+
+def arguments(flags: argparse.Namespace) -> dict[str, Any]:
+    """Of the model, where the command line has them."""
+    return literal(
+        '--arguments',
+        '{}' if flags.arguments is None else flags.arguments,
+        dict,
+        "{'num_classes': 10}",
+    )
+
+
+def load(flags: argparse.Namespace, folder: str) -> CompactModel:
+    """The compact network in a folder, with the model that the command line names, if it does.
+
+    Without --arguments that model is made with those that are recorded, as far as it takes them.
+    """
+    path, given = saved.within(folder), arguments(flags)
+    if os.path.isfile(path):
+        why = 'is a file; name the folder of a finished run, or one that jaxkd.save wrote'
+        raise errors.CheckpointError(folder, why)
+
+    def full(recorded: Mapping[str, Any]) -> nn.Module:
+        if flags.model:
+            there = saved.arguments(recorded) if flags.arguments is None else None
+            return network.make(flags.model, given, defaults=there)
+        known = saved.registered(recorded)
+        if known is None:
+            why = (
+                f'{saved.made_from(recorded)}; name what makes the full-width module, as '
+                '--model=package.module:function, and its --arguments'
+            )
+            raise errors.CheckpointError(path, why)
+        return known
+
+    return saved.read(path, full)
 
 
 def apply(flags: argparse.Namespace) -> dict[str, Any]:

@@ -545,7 +545,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    small = saved.load(saved.within(flags.folder), command.model(flags))
+    small = command.load(flags, flags.folder)
     write, apply_kwargs = FORMATS[flags.format], command.apply(flags)
     asked = {'fold': flags.fold, 'dtype': flags.dtype, 'int8': flags.int8}
     options = {name: value for name, value in asked.items() if value not in (False, 'float32')}

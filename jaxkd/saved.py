@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import os
 import pathlib
@@ -46,22 +46,45 @@ def load(
       function of the network's inputs, with any batch size.
 
     Raises:
-      CheckpointError: for a path that holds no compact model, a damaged one (naming the leaf), or
-        one whose model has to be handed in.
+      CheckpointError: for a path that holds no compact model, a damaged one (naming the leaf), one
+        whose model has to be handed in, or was made with other arguments than the one given.
     """
     if os.path.isfile(path):
         return _program(path)
+
+    def full(recorded: Mapping[str, Any]) -> nn.Module:
+        known = registered(recorded) if model is None else model
+        if known is None:
+            why = f'{made_from(recorded)}; hand in the full-width module, as load(path, model=…)'
+            raise errors.CheckpointError(path, why)
+        return known
+
+    return read(path, full)
+
+
+def read(path: str | os.PathLike, full: Callable[[Mapping[str, Any]], nn.Module]) -> CompactModel:
+    """`load` of a directory, with the full-width module that is made of what is recorded of it."""
     tree, metadata = checkpoint.read(path)
     if metadata.get('kind') != _KIND:
         raise errors.CheckpointError(path, 'holds no compact model; jaxkd.save writes them')
     try:
         found = Structure.from_json(metadata['structure'])
-        if model is None:
-            model = _registered(path, found)
+        model = full(found.model)
+        differing = structure.differing(structure.full_module(model), found.model)
         module = structure.module(model, found)
+    except errors.JaxkdError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f'its structure is none that jaxkd.save writes ({type(error).__name__}: {error})'
         raise errors.CheckpointError(path, why) from error
+    if differing:
+        told = ', '.join(f'{name} ({a!r} there, {b!r} now)' for name, (a, b) in differing.items())
+        there = {name: _tuples(value) for name, (value, _) in differing.items()}
+        why = (
+            f'{made_from(found.model)} with other arguments: {told}; make the model with those, '
+            f'in a command by --arguments="{there}"'
+        )
+        raise errors.CheckpointError(path, why)
     return CompactModel(module, jax.tree.map(np.asarray, tree), found)
 
 
@@ -79,18 +102,23 @@ def within(folder: str) -> str:
     return inside if os.path.isdir(inside) else folder
 
 
-def _registered(path: str | os.PathLike, found: Structure) -> nn.Module:
-    """The full-width model, if its class is one of `jaxkd.models`."""
-    name = f'{found.model["module"]}:{found.model["class"]}'
+def made_from(recorded: Mapping[str, Any]) -> str:
+    """What model a compact one is of, in words."""
+    return f'was made from {recorded["module"]}:{recorded["class"]}'
+
+
+def registered(recorded: Mapping[str, Any]) -> nn.Module | None:
+    """The full-width model, if its class is one of `jaxkd.models` and its arguments are known."""
     for network in models.REGISTRY.values():
         known = network.func if isinstance(network, functools.partial) else network
-        if name == f'{known.__module__}:{known.__qualname__}':
-            if found.model['arguments'] is not None:
-                return known(**_tuples(found.model['arguments']))
-            break
-    raise errors.CheckpointError(
-        path, f'was made from {name}; hand in the full-width module, as load(path, model=…)'
-    )
+        if (known.__module__, known.__qualname__) == (recorded['module'], recorded['class']):
+            return None if recorded['arguments'] is None else known(**arguments(recorded))
+    return None
+
+
+def arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the full-width model was made with; none where they could not be recorded."""
+    return _tuples(recorded['arguments'] or {})
 
 
 def _tuples(value: Any) -> Any:

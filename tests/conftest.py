@@ -14,9 +14,11 @@ from flax import linen as nn
 
 
 class Net(nn.Module):
+    padding: str = 'VALID'
+
     @nn.compact
     def __call__(self, image, frozen):
-        x = nn.relu(nn.Conv(64, (3, 3), name='first')(image))
+        x = nn.relu(nn.Conv(64, (3, 3), padding=self.padding, name='first')(image))
         x = nn.relu(nn.Conv(64, (3, 3), name='second')(x))
         return nn.Dense(5, name='head')(x.mean((1, 2)))
 """
@@ -32,14 +34,14 @@ def saved_networks(tmp_path_factory):
         patch.syspath_prepend(str(folder))
         import own_net
     for name, model, flags in (
-        ('own', own_net.Net(), {'frozen': True}),
+        ('own', own_net.Net('SAME'), {'frozen': True}),
         ('known', models.create('resnet20', num_classes=3), {'train': False}),
     ):
         init = jax.jit(functools.partial(model.init, **flags))
         variables = init(jax.random.key(0), image)
         small = jaxkd.prune(model, variables, image, flops=0.3, criterion='l1', **flags)
         jaxkd.save(folder / name, small)
-    return folder, own_net.Net()
+    return folder, own_net.Net('SAME')
 
 
 @pytest.fixture

@@ -233,7 +233,16 @@ def test_damaged_file(folder):
         (['known', '--format=onnx'], 2, ['--out']),
         (['nowhere', '--format=stablehlo', '--out=a'], 1, ['nowhere']),
         (['known', '--format=stablehlo', '--out=no/a'], 2, ['--out', 'no folder no']),
-        (['own', '--format=stablehlo', '--out=a'], 1, ['own_net:Net', 'model']),
+        (
+            ['own', '--format=stablehlo', '--out=a'],
+            1,
+            ['own_net:Net', '--model=package.module:function', '--arguments'],
+        ),
+        (
+            ['own', '--format=stablehlo', '--out=a', '--model=own_net:Net', '--arguments={}'],
+            1,
+            ["padding ('SAME' there, 'VALID' now)", "--arguments=\"{'padding': 'SAME'}\""],
+        ),
         (['own', '--format=stablehlo', '--out=a', '--model=own_net:Net'], 1, ['frozen']),
         (['known', '--format=onnx', '--out=a'], 1, ["pip install 'jaxkd[export]'"]),
         (['known', '--format=tflite', '--out=a'], 1, ["pip install 'jaxkd[tensorflow]'"]),

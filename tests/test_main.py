@@ -413,6 +413,10 @@ def test_models_from_outside_are_handed_in(tmp_path):
     np.testing.assert_array_equal(
         again.apply(again.variables, image), small.apply(small.variables, image)
     )
+    # The shapes of its variables would fit; functions cannot be compared.
+    with pytest.raises(jaxkd.CheckpointError, match=r'stride \(1 there, 2 now\); make the model'):
+        jaxkd.load(tmp_path / 'small', model=Mine(8, 3, stride=2))
+    jaxkd.load(tmp_path / 'small', model=Mine(8, 3, activation=jax.nn.gelu))
 
 
 def test_a_file_runs_nothing_and_writes_nowhere(tmp_path):

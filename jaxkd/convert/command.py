@@ -48,7 +48,7 @@ def _run(flags: argparse.Namespace) -> None:
     file = pathlib.Path(flags.file)
     found = weights.find(file, model, variables)
     settings = _settings(file, model, found)
-    arguments = command.literal('--arguments', flags.arguments, dict, '{}') | (settings or {})
+    arguments = command.arguments(flags) | (settings or {})
     metadata = {
         'kind': weights.KIND,
         'model': flags.model,

@@ -101,14 +101,12 @@ class CompactModel:
 def describe(model: nn.Module) -> dict[str, Any]:
     """Class and fields of a Linen module, as far as JSON can hold them."""
     arguments: dict[str, Any] | None = {}
-    for field in dataclasses.fields(model):
-        if not field.init or field.name in ('parent', 'name'):
-            continue
+    for field in _fields(model):
         value = getattr(model, field.name)
         if value is field.default:
             continue
         try:
-            arguments[field.name] = json.loads(json.dumps(value))
+            arguments[field.name] = _plain(value)
         except TypeError:
             arguments = None
             break
@@ -117,6 +115,37 @@ def describe(model: nn.Module) -> dict[str, Any]:
         'class': type(model).__qualname__,
         'arguments': arguments,
     }
+
+
+def differing(model: nn.Module, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields of a module that `describe` recorded otherwise: as (there, now), by name.
+
+    None of another class, nor those that JSON cannot hold: two functions may be the same.
+    """
+    arguments, own = recorded['arguments'], describe(model)
+    if arguments is None or any(own[key] != recorded[key] for key in ('module', 'class')):
+        return {}
+    found = {}
+    for field in _fields(model):
+        there, now = arguments.get(field.name, field.default), getattr(model, field.name)
+        try:
+            there, now = _plain(there), _plain(now)
+        except TypeError:
+            continue
+        if there != now:
+            found[field.name] = there, now
+    return found
+
+
+def _fields(model: nn.Module) -> list[dataclasses.Field]:
+    """Those that are the model's arguments."""
+    fields = dataclasses.fields(model)
+    return [field for field in fields if field.init and field.name not in ('parent', 'name')]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
 
 
 def widths(tree: Any) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -57,7 +57,7 @@ MOMENTS = (
     'search.png',
     'distil/result',
     'compact',
-    'report.tmp',
+    '.report.json.{pid}',
 )
 AFTER = 0.2
 # Otherwise it comes after at most this share of the seconds that a run takes that is left alone.
@@ -238,7 +238,7 @@ def send(
 ) -> dict[str, Any] | None:
     """Sends the signal at its time, unless the process ends before; what was done."""
     began = time.monotonic()
-    path = folder / plan['moment'] if plan['moment'] else None
+    path = folder / plan['moment'].format(pid=process.pid) if plan['moment'] else None
     if path and path.exists():  # that moment has passed
         path = None
     while process.poll() is None:

@@ -85,7 +85,7 @@ def run(command: list[str], cores: list[int], environment: Mapping[str, str]) ->
 def write_report(path: pathlib.Path, report: dict) -> None:
     """Writes a report aside first, so that a crash leaves the last one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix('.partial')
+    aside = path.with_name(f'.{path.name}.{os.getpid()}')
     aside.write_text(json.dumps(report, indent=2) + '\n')
     aside.replace(path)
     print(f'wrote {path}')

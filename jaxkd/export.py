@@ -250,8 +250,8 @@ def safetensors(
     _check_there('safetensors', 'float32')
     from safetensors import numpy as file_format
 
-    if path and pathlib.Path(path).suffix != '.safetensors':
-        raise errors.ConfigError('--out', str(path), why='the name has to end in .safetensors')
+    if path:
+        _check_name(pathlib.Path(path))
     run, model = network(small, apply_kwargs), structure.full_module(small.module)
     with _failing('safetensors', small):
         tensors = convert.to_torch(small.variables, model)
@@ -267,6 +267,22 @@ def safetensors(
         text = json.dumps(described, indent=2) + '\n'
         records.write_text(done.path.with_suffix('.json'), text)
     return done
+
+
+def _check_name(path: pathlib.Path) -> None:
+    """Refuses a name of weights beside which their widths have no place."""
+    why = None
+    if path.suffix != '.safetensors':
+        why = 'the name has to end in .safetensors'
+    elif (beside := path.with_suffix('.json')).exists():
+        try:
+            known = json.loads(beside.read_bytes()).keys() >= {'names', 'settings', 'layers'}
+        except (OSError, ValueError, AttributeError):
+            known = False
+        if not known:
+            why = f'the widths of its layers would replace {beside}; take another name'
+    if why:
+        raise errors.ConfigError('--out', str(path), why=why)
 
 
 FORMATS: dict[str, Callable[..., Exported]] = {

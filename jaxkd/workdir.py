@@ -95,7 +95,7 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text, whole or not at all."""
-    aside = path.with_suffix('.tmp')
+    aside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with open(aside, 'w', encoding='utf-8') as file:
             file.write(text)

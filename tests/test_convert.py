@@ -302,6 +302,11 @@ def test_export_keeps_to_its_two_files(folder, capsys):
     assert export.main(flags) == 2
     assert 'has to end in .safetensors' in capsys.readouterr().err
     assert not (folder / 'widths.json').exists()
+    (folder / 'report.json').write_text('{"layers": []}')
+    flags = ['known', '--format=safetensors', '--out=report.safetensors']
+    assert export.main(flags) == 2
+    assert 'would replace report.json' in capsys.readouterr().err
+    assert (folder / 'report.json').read_text() == '{"layers": []}'
 
 
 class Activated(nn.Module):

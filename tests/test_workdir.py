@@ -50,6 +50,14 @@ def test_a_damaged_record_is_set_aside_and_made_again(tmp_path, place):
     assert (tmp_path / 'config.json.damaged').read_text() == damaged != before
 
 
+def test_a_text_replaces_nothing_else(tmp_path):
+    (tmp_path / 'page.tmp').write_text('mine')
+    for name in ('page.html', 'other.tmp'):
+        workdir.write_text(tmp_path / name, 'a page')
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {'page.tmp': 'mine', 'page.html': 'a page', 'other.tmp': 'a page'}
+
+
 def test_who_only_looks_moves_nothing(tmp_path):
     path = tmp_path / 'report.json'
     assert workdir.look_up(path) is None

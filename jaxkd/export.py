@@ -47,6 +47,11 @@ TOLERANCE = 1e-4
 # Images that calibrate an int8 network, and a batch of those that it is judged by.
 CALIBRATION = 256
 JUDGED = 256
+# What JAX says where a model's code makes a number of a size that is free.
+_NUMBER_WANTED = (
+    "'_DimExpr' object cannot be interpreted as an integer",
+    'used in a context that requires a constant',
+)
 
 
 class Exported(NamedTuple):
@@ -420,6 +425,8 @@ def _failing(name: str, small: CompactModel) -> Iterator[None]:
     except Exception as error:
         full = type(structure.full_module(small.module)).__name__
         why = textwrap.shorten(errors.words(error), 400, placeholder=' …')
+        if any(words in why for words in _NUMBER_WANTED):
+            why = f'the batch size is free: use x.shape[0], not len(x) or int(…) ({why})'
         raise errors.ExportError(name, f'{full}: {why}') from error
 
 

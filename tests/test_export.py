@@ -1,6 +1,7 @@
 """Compact networks as files that run without their code."""
 
 import collections
+from collections.abc import Callable
 import importlib.util
 import re
 import subprocess
@@ -52,6 +53,23 @@ def test_stablehlo(folder, capsys):
     # As large as what it keeps.
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(small.variables))
     assert kept < (folder / 'known.hlo').stat().st_size < kept + 500_000
+
+
+class Flat(nn.Module):
+    size: Callable = len
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3))(x)).reshape(self.size(x), -1))
+
+
+@pytest.mark.parametrize('size', [len, lambda x: int(x.shape[0])])
+def test_a_number_of_the_batch_is_refused(tmp_path, size):
+    model = Flat(size)
+    variables = model.init(jax.random.key(0), images(1)[:, :4, :4])
+    small = jaxkd.prune(model, variables, images(1)[:, :4, :4], flops=0.7, criterion='l1')
+    with pytest.raises(jaxkd.ExportError, match=r'use x.shape\[0\], not len\(x\)'):
+        export.stablehlo(small, tmp_path / 'flat.hlo')
 
 
 def skip_without(format):

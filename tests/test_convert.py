@@ -327,6 +327,32 @@ def test_description_of_a_network_of_ones_own():
     assert described['layers'] == {'Dense_0': {'in_features': 3, 'out_features': 2}}
 
 
+class Scale(nn.Module):
+    """No convolution, although its parameter is called as theirs."""
+
+    @nn.compact
+    def __call__(self):
+        return self.param('kernel', nn.initializers.ones, (4,))
+
+
+class Branch(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(4, (3, 3), name='inner')(x))
+        x = nn.relu(x + nn.Conv(4, (3, 3), name='last')(y)) * Scale(name='scale')()
+        return nn.ConvTranspose(3, (2, 2), transpose_kernel=True, name='up')(x)
+
+
+def test_description_of_a_branch_that_has_gone():
+    model, image = Branch(), np.ones((1, 4, 4, 4), np.float32)
+    graph = jaxkd.trace(model, model.init(jax.random.key(0), image), image)
+    small = jaxkd.compact(graph, graph.variables, {'inner': np.zeros(4, bool)})
+    layers = convert.describe(small.module.apply, small.variables, [image], model)['layers']
+    assert layers.keys() == {'inner', 'last', 'up'}
+    assert [layers['last'][key] for key in ('in_channels', 'out_channels', 'groups')] == [0, 4, 1]
+    assert [layers['up'][key] for key in ('in_channels', 'out_channels')] == [4, 3]
+
+
 def test_description_counts_groups():
     model = resnet.ResNet(depths=(1,), groups=4, group_width=2, num_classes=5)
     variables = abstract(model)

@@ -36,6 +36,9 @@ _LEAVES = {
 # What PyTorch has and Flax does not.
 _IGNORED = 'num_batches_tracked'
 _SHOWN = 3  # names in a message
+# Layers whose widths `describe` tells.
+_NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 
 
 class Tensor(NamedTuple):
@@ -177,12 +180,13 @@ def describe(
     def record(call, args, kwargs, context):
         module = context.module
         path = 'params/' + '/'.join(module.path)
-        norm = isinstance(module, nn.BatchNorm | nn.LayerNorm | nn.GroupNorm)
+        norm = isinstance(module, _NORMS)
         named = tensors.get(f'{path}/scale' if norm else f'{path}/kernel')
-        if context.method_name == '__call__' and named:
-            given, *_ = (*args, *kwargs.values())
-            name = named.name.removesuffix('.weight')
-            layers[name] = _widths(module, given.shape[-1], named.order.shape)
+        if context.method_name == '__call__' and named and isinstance(module, _NORMS + _LAYERS):
+            given = next(x for x in (*args, *kwargs.values()) if hasattr(x, 'shape'))
+            widths = _widths(module, given.shape[-1], named.order.shape)
+            if widths:
+                layers[named.name.removesuffix('.weight')] = widths
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
@@ -195,7 +199,7 @@ def describe(
     }
 
 
-def _widths(module: nn.Module, inputs: int, shape: layouts.Shape) -> dict[str, Any]:
+def _widths(module: nn.Module, inputs: int, shape: layouts.Shape) -> dict[str, Any] | None:
     """Of a layer that reads so many channels, from the shape of its weight in PyTorch."""
     if isinstance(module, nn.BatchNorm):
         return {'num_features': shape[0], 'eps': module.epsilon}
@@ -203,10 +207,14 @@ def _widths(module: nn.Module, inputs: int, shape: layouts.Shape) -> dict[str, A
         return {'num_channels': shape[0], 'num_groups': module.num_groups, 'eps': module.epsilon}
     if isinstance(module, nn.LayerNorm):
         return {'normalized_shape': list(shape), 'eps': module.epsilon}
+    if isinstance(module, nn.DenseGeneral) and len(shape) != 2:
+        return None  # PyTorch has no such layer
     out, read, *window = shape
+    if isinstance(module, nn.ConvTranspose) and module.transpose_kernel:
+        out, read = read, out
     if not window:
         return {'in_features': read, 'out_features': out}
-    groups = max(1, inputs // read)
+    groups = max(1, inputs // max(1, read))  # nothing is read where a branch has gone
     return {
         'in_channels': groups * read,
         'out_channels': out,

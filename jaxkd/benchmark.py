@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import functools
 from importlib import metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -293,17 +293,20 @@ def record(rows: Sequence[Row], threads: int, layers: Sequence[Layer] = ()) -> d
     return {
         'device': jax.devices()[0].device_kind,
         'threads': threads,
-        'versions': {
-            package: metadata.version(package)
-            for package in ('jax', 'flax', 'onnxruntime', 'tensorflow')
-            if importlib.util.find_spec(package)
-        },
+        'versions': dict(_versions()),
         'rows': [
             row._asdict() | {'of_saving': row.speedup * row.flops / full[row.folder]}
             for row in rows
         ],
         **({'layers': [layer._asdict() for layer in layers]} if layers else {}),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of what is installed under these names: modules may come from packages of others."""
+    for package in ('jax', 'flax', 'onnxruntime', 'tensorflow'):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield package, metadata.version(package)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -349,10 +352,13 @@ def _run(flags: argparse.Namespace) -> None:
         '--layers': [flags.layers],
     }
     for flag, values in numbers.items():
-        if any(value is not None and value < 1 for value in values):
-            raise errors.ConfigError(flag, values[0], why='it must be at least 1')
+        for value in values:
+            if value is not None and value < 1:
+                raise errors.ConfigError(flag, value, why='it must be at least 1')
     if flags.layers and export.missing('onnx'):
         raise errors.ConfigError('--layers', flags.layers, why=export.missing('onnx'))
+    if flags.out:
+        export.check_out(flags.out)
     cores = sorted(os.sched_getaffinity(0))[: flags.threads]
     if flags.threads:
         os.sched_setaffinity(0, cores)  # XLA starts a thread on each core that it may use

@@ -101,7 +101,7 @@ def stablehlo(
         may be off by rounding; where kernels are rounded to another type, by as much more for each
         of them as that type rounds a number: relative errors of layers add up.
     """
-    _check_there('stablehlo', dtype)
+    _check_there('stablehlo', path, dtype)
     own, inputs = network(small, apply_kwargs), _inputs(small)
     variables, within = small.variables, contextlib.nullcontext
     if fold:
@@ -165,7 +165,7 @@ def onnx(
       ConfigError, ExportError: see `stablehlo`. Before it is made int8 the network is compared;
         after that nothing bounds what rounding does, and the difference is told alone.
     """
-    _check_there('onnx', dtype, int8)
+    _check_there('onnx', path, dtype, int8)
     own = network(small, apply_kwargs)
     inputs = [jax.ShapeDtypeStruct(('batch', *x.shape[1:]), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):
@@ -200,7 +200,7 @@ def tflite(
     at run time. Needs TensorFlow: `pip install 'jaxkd[tensorflow]'`. Arguments and errors as those
     of `onnx`; there is no bfloat16.
     """
-    _check_there('tflite', dtype, int8)
+    _check_there('tflite', path, dtype, int8)
     if dtype == 'bfloat16':
         raise errors.ConfigError('dtype', dtype, why='TensorFlow Lite stores no such weights')
     with _failing('tflite', small):
@@ -252,7 +252,7 @@ def safetensors(
     network. Needs safetensors: `pip install 'jaxkd[export]'`. Arguments and errors as those of
     `stablehlo`.
     """
-    _check_there('safetensors', 'float32')
+    _check_there('safetensors', path)
     from safetensors import numpy as file_format
 
     if path:
@@ -316,6 +316,23 @@ def check_formats(field: str, formats: Sequence[str]) -> None:
             raise errors.ConfigError(field, name, allowed=FORMATS)
         if missing(name):
             raise errors.ConfigError(field, name, why=missing(name))
+
+
+def check_out(path: str | os.PathLike) -> None:
+    """Refuses a file that cannot be written, before the work that it is to hold is done.
+
+    Raises:
+      ConfigError: naming the flag --out.
+    """
+    path, why = pathlib.Path(path), None
+    if path.is_dir():
+        why = 'it is a folder; name a file'
+    elif not path.parent.is_dir():
+        why = f'there is no folder {path.parent}'
+    elif not os.access(path.parent, os.W_OK):
+        why = f'no permission to write in {path.parent}'
+    if why:
+        raise errors.ConfigError('--out', str(path), why=why)
 
 
 def onnx_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
@@ -435,14 +452,21 @@ def _inputs(small: CompactModel) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(spec['shape'], spec['dtype']) for spec in small.structure.inputs]
 
 
-def _check_there(name: str, dtype: str, int8: np.ndarray | None = None) -> None:
-    """Refuses a format that cannot be written here, and types that there are not."""
+def _check_there(
+    name: str,
+    path: str | os.PathLike | None,
+    dtype: str = 'float32',
+    int8: np.ndarray | None = None,
+) -> None:
+    """Refuses a format or a path that cannot be written, and types that there are not."""
     if missing(name):
         raise errors.ExportError(name, missing(name))
     if dtype not in DTYPES:
         raise errors.ConfigError('dtype', dtype, allowed=DTYPES)
     if int8 is not None and dtype != 'float32':
         raise errors.ConfigError('dtype', dtype, why='int8 is a type of its own; ask for one')
+    if path is not None:
+        check_out(path)
 
 
 def _tolerance(small: CompactModel, dtype: str, int8: np.ndarray | None = None) -> float:
@@ -481,18 +505,20 @@ def _compared(
     if path is None:
         return Exported(None, name, len(written), None, number)
     path = pathlib.Path(path)
-    if not path.parent.is_dir():
-        raise errors.ConfigError('--out', str(path), why=f'there is no folder {path.parent}')
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        file = pathlib.Path(folder) / path.name
-        file.write_bytes(written)
-        with _failing(name, small):
-            call = opened(file)
-        if exactly:
-            _check(name, small, call, exactly)
-        difference = _check(name, small, call, run, tolerance)
-        size = file.stat().st_size
-        file.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+            file = pathlib.Path(folder) / path.name
+            file.write_bytes(written)
+            with _failing(name, small):
+                call = opened(file)
+            if exactly:
+                _check(name, small, call, exactly)
+            difference = _check(name, small, call, run, tolerance)
+            size = file.stat().st_size
+            file.replace(path)
+    except OSError as error:
+        why = f'{path} cannot be written: {error.strerror or error}'
+        raise errors.ExportError(name, why) from error
     return Exported(path, name, size, difference, number)
 
 

@@ -329,6 +329,8 @@ def _run(flags: argparse.Namespace) -> None:
     folders = list(dict.fromkeys(map(os.path.normpath, flags.folders)))
     reports = {folder: read_report(folder) for folder in folders}
     path = flags.out
+    if path and not path.name:
+        raise errors.ConfigError('--out', str(path), why='it is a folder; name a file')
     try:
         if len(folders) == 1:
             path = write_page(folders[0], reports[folders[0]], path)

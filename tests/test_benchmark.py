@@ -1,5 +1,6 @@
 """The command that times compact networks beside the full ones."""
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -27,6 +28,14 @@ def test_both_networks_are_timed(folder, capsys):
         share = compact['flops'] / full['flops']
         assert compact['of_saving'] == pytest.approx(compact['speedup'] * share)
         assert all(row['spread'][0] <= row['milliseconds'] <= row['spread'][1] for row in rows)
+
+
+def test_modules_of_other_packages_have_no_version(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+    assert benchmark.record([], 1)['versions'] == {}
 
 
 def test_own_model(folder, own_model):
@@ -75,7 +84,9 @@ def test_layers(folder, capsys):
         (['nowhere'], 1, ['nowhere']),
         (['own'], 1, ['own_net:Net', 'model']),
         (['own', '--model=own_net:Net', '--batch=1'], 2, ['--apply', 'frozen']),
-        (['known', '--batch', '0'], 2, ['--batch', 'at least 1']),
+        (['known', '--batch', '1', '0'], 2, ['--batch is 0', 'at least 1']),
+        (['known', '--out=no/a.json'], 2, ['--out', 'no folder no']),
+        (['own_net.py'], 1, ['own_net.py: is a file']),
         (['known', '--threads=0'], 2, ['--threads']),
         (['known', '--layers=0'], 2, ['--layers', 'at least 1']),
         (['known', '--layers=3'], 2, ['--layers', "pip install 'jaxkd[export]'"]),

@@ -251,6 +251,8 @@ def test_damaged_file(folder):
         (['known', '--format=onnx'], 2, ['--out']),
         (['nowhere', '--format=stablehlo', '--out=a'], 1, ['nowhere']),
         (['known', '--format=stablehlo', '--out=no/a'], 2, ['--out', 'no folder no']),
+        (['known', '--format=stablehlo', '--out=known'], 2, ['--out', 'name a file']),
+        (['own_net.py', '--format=stablehlo', '--out=a'], 1, ['own_net.py: is a file']),
         (
             ['own', '--format=stablehlo', '--out=a'],
             1,

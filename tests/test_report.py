@@ -213,6 +213,7 @@ def test_several_runs(tmp_path, capsys):
         (['half'], 1, ['half/metrics.jsonl: line 1 is damaged']),
         (['whole', '--out=no/a.html'], 2, ['--out', 'No such file']),
         (['whole', '--out=whole'], 2, ['--out', 'Is a directory']),
+        (['whole', '--out=.'], 2, ['--out', 'name a file']),
     ],
 )
 def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, flags, status, words):

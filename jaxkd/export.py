@@ -40,8 +40,8 @@ EXTRAS = {
     'tflite': ('tensorflow', ('tensorflow',)),
     'safetensors': ('export', ('safetensors',)),
 }
-# Batches that a file is compared with, and how far it may be from the network: rounding, as a
-# share of the largest output.
+# Batches that a file is compared with, and how far it may be from the network: float32's rounding,
+# as a share of the largest output.
 COMPARED = (1, 3)
 TOLERANCE = 1e-4
 # Images that calibrate an int8 network, and a batch of those that it is judged by.
@@ -121,7 +121,7 @@ def stablehlo(
     scope = export.SymbolicScope()
 
     def symbolic(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sizes = ', '.join(map(str, ('batch', *spec.shape[1:])))
+        sizes = ', '.join(map(str, _batches(spec.shape, 'batch')))
         return jax.ShapeDtypeStruct(export.symbolic_shape(sizes, scope=scope), spec.dtype)
 
     def restored():
@@ -135,10 +135,12 @@ def stablehlo(
     with _failing('stablehlo', small):
         exporting = export.export(jax.jit(everywhere), platforms=PLATFORMS)
         written = exporting(*map(symbolic, inputs)).serialize()
+    rounding = _rounding(small, own)
     return _compared(
         *('stablehlo', small, path, written, saved.load, own),
+        rounding,
         variables=variables,
-        tolerance=_tolerance(small, dtype),
+        tolerance=rounding + _stored(small, dtype),
         exactly=None if dtype == 'float32' else lambda _, *inputs: run(restored(), *inputs),
     )
 
@@ -167,12 +169,13 @@ def onnx(
     """
     _check_there('onnx', path, dtype, int8)
     own = network(small, apply_kwargs)
-    inputs = [jax.ShapeDtypeStruct(('batch', *x.shape[1:]), x.dtype) for x in _inputs(small)]
+    inputs = [jax.ShapeDtypeStruct(_batches(x.shape, 'batch'), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):
         model = onnx_graph.converted(functools.partial(own, small.variables), inputs)
         written = model.SerializeToString()
+    rounding = _rounding(small, own)
     if dtype != 'float32' or int8 is not None:
-        _check('onnx', small, onnx_function(written), own)
+        _check('onnx', small, onnx_function(written), own, rounding)
         with _failing('onnx', small):
             model = (
                 onnx_graph.stored_in(model, dtype)
@@ -182,7 +185,7 @@ def onnx(
             written = model.SerializeToString()
     return _compared(
         *('onnx', small, path, written, onnx_function, own),
-        tolerance=_tolerance(small, dtype, int8),
+        tolerance=rounding + _stored(small, dtype, int8),
     )
 
 
@@ -214,7 +217,7 @@ def tflite(
             with_gradient=False,
         ),
         input_signature=[
-            tf.TensorSpec((1, *spec.shape[1:]), spec.dtype, f'input_{i}')
+            tf.TensorSpec(_batches(spec.shape, 1), spec.dtype, f'input_{i}')
             for i, spec in enumerate(inputs)
         ],
         autograph=False,
@@ -228,9 +231,9 @@ def tflite(
                 setattr(converter, name, value)
             return converter.convert()
 
-    written = converted()
+    written, rounding = converted(), _rounding(small, own)
     if dtype != 'float32' or int8 is not None:
-        _check('tflite', small, tflite_function(written), own)
+        _check('tflite', small, tflite_function(written), own, rounding)
         smaller = {'optimizations': [tf.lite.Optimize.DEFAULT]}
         if int8 is None:
             smaller['target_spec'] = tf.lite.TargetSpec(supported_types=[tf.float16])
@@ -239,7 +242,7 @@ def tflite(
         written = converted(**smaller)
     return _compared(
         *('tflite', small, path, written, tflite_function, own),
-        tolerance=_tolerance(small, dtype, int8),
+        tolerance=rounding + _stored(small, dtype, int8),
     )
 
 
@@ -265,9 +268,10 @@ def safetensors(
         written = file_format.save(tensors, metadata)
 
     def opened(file: pathlib.Path) -> Callable[..., Any]:
-        return functools.partial(run, convert.read(file, model, small.variables))
+        # Compiled, as what it is compared with: in half precision that rounds elsewhere.
+        return functools.partial(jax.jit(run), convert.read(file, model, small.variables))
 
-    done = _compared('safetensors', small, path, written, opened, run)
+    done = _compared('safetensors', small, path, written, opened, run, _rounding(small, run))
     if done.path:
         text = json.dumps(described, indent=2) + '\n'
         records.write_text(done.path.with_suffix('.json'), text)
@@ -413,10 +417,20 @@ OPENED: dict[str, Callable[..., Callable[..., Any]]] = {
 def random_inputs(small: CompactModel, batch_size: int) -> list[jax.Array]:
     """Inputs of the shapes that the network was traced with, but for the batch."""
     random = np.random.default_rng(0)
-    return [
-        jnp.asarray(random.random((batch_size, *spec['shape'][1:])), spec['dtype'])
-        for spec in small.structure.inputs
-    ]
+
+    def draw(shape: Sequence[int], dtype: str) -> jax.Array:
+        shape = _batches(shape, batch_size)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.asarray(random.random(shape), dtype)
+        # Indices may be as few as two.
+        return jnp.asarray(random.integers(0, 2, shape), dtype)
+
+    return [draw(spec['shape'], spec['dtype']) for spec in small.structure.inputs]
+
+
+def _batches(shape: Sequence[int], batch: Any) -> tuple[Any, ...]:
+    """The shape of an input for a batch of another size; what has no axis has no batch."""
+    return (batch, *shape[1:]) if shape else ()
 
 
 def network(
@@ -469,14 +483,40 @@ def _check_there(
         check_out(path)
 
 
-def _tolerance(small: CompactModel, dtype: str, int8: np.ndarray | None = None) -> float:
-    """How far a file may be from the network."""
+def _rounding(small: CompactModel, run: Callable[..., Any]) -> float:
+    """How far two ways to compute the network itself may be apart.
+
+    A network that stores or computes anything in a coarser type than float32 rounds to it in each
+    layer, elsewhere in one way than in the other: by half of the type's eps in each of them.
+    """
+    program = jax.make_jaxpr(run)(small.variables, *_inputs(small))
+    types = {kind for kind in _types(program.jaxpr) if jnp.issubdtype(kind, jnp.floating)}
+    eps = max((float(jnp.finfo(kind).eps) for kind in types), default=0.0)
+    if eps <= float(jnp.finfo(np.float32).eps):
+        return TOLERANCE
+    layers = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(small.variables))
+    return TOLERANCE + layers * eps
+
+
+def _types(jaxpr: Any) -> Iterator[Any]:
+    """Of all arrays in a program."""
+    made = (x for eqn in jaxpr.eqns for x in eqn.outvars)
+    for x in (*jaxpr.constvars, *jaxpr.invars, *made):
+        if hasattr(x.aval, 'dtype'):
+            yield x.aval.dtype
+    for eqn in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from _types(inner)
+
+
+def _stored(small: CompactModel, dtype: str, int8: np.ndarray | None = None) -> float:
+    """How much further a file may be from the network, for what it stores kernels in."""
     if int8 is not None:
         return float('inf')
     if dtype == 'float32':
-        return TOLERANCE
+        return 0.0
     kernels = sum(map(_is_kernel, jax.tree.leaves(small.variables)))
-    return TOLERANCE + kernels * float(jnp.finfo(dtype).eps) / 2
+    return kernels * float(jnp.finfo(dtype).eps) / 2
 
 
 def _is_kernel(leaf: Any) -> bool:
@@ -491,15 +531,17 @@ def _compared(
     written: bytes,
     opened: Callable[[pathlib.Path], Callable[..., Any]],
     run: Callable[..., Any],
+    rounding: float = TOLERANCE,
     *,
     variables: Any = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     exactly: Callable[..., Any] | None = None,
 ) -> Exported:
     """Writes a file aside, runs it, and gives it its name if it computes what it should.
 
-    That is what `run` does with the network's variables, but for `tolerance`, and what `exactly`
-    does, where it is given, but for rounding. `variables` are those written, if others.
+    That is what `run` does with the network's variables, but for `tolerance` (by default
+    `rounding`), and what `exactly` does, where it is given, but for `rounding`. `variables` are
+    those written, if others.
     """
     number = len(jax.tree.leaves(small.variables if variables is None else variables))
     if path is None:
@@ -512,8 +554,10 @@ def _compared(
             with _failing(name, small):
                 call = opened(file)
             if exactly:
-                _check(name, small, call, exactly)
-            difference = _check(name, small, call, run, tolerance)
+                _check(name, small, call, exactly, rounding)
+            difference = _check(
+                name, small, call, run, rounding if tolerance is None else tolerance
+            )
             size = file.stat().st_size
             file.replace(path)
     except OSError as error:
@@ -527,7 +571,7 @@ def _check(
     small: CompactModel,
     call: Callable[..., Any],
     run: Callable[..., Any],
-    tolerance: float = TOLERANCE,
+    tolerance: float,
 ) -> float:
     """The largest difference of what two functions make of random inputs.
 
@@ -546,13 +590,22 @@ def _check(
         rights = expected(small.variables, *inputs)
         pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(rights), strict=True)
         for found, right in pairs:
-            far = np.abs(np.asarray(found) - np.asarray(right)).max()
+            found, right = _numbers(found), _numbers(right)
+            far, largest = np.abs(found - right).max(initial=0), np.abs(right).max(initial=0)
+            with np.errstate(divide='ignore'):  # nothing is near to zeros but zeros
+                share = np.divide(far, largest) if far else 0.0
             # `max` would pass over what is no number.
-            difference = float(np.maximum(difference, far / np.abs(right).max()))
+            difference = float(np.maximum(difference, share))
     if not difference <= tolerance:
         why = f'its outputs are off by {difference:.1e} of the largest'
         raise errors.ExportError(name, why)
     return difference
+
+
+def _numbers(x: Any) -> np.ndarray:
+    """An array that can be subtracted: booleans cannot."""
+    x = np.asarray(x)
+    return x.astype(np.result_type(x.dtype, np.float32))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -161,13 +161,13 @@ def write_exports(
 ) -> None:
     """Writes the compact network as files that run without its code, and a record of them.
 
-    A format that fails is said and recorded: the network itself is safe by now. What a run that was
+    A format that fails, however it does, is said and recorded: the network itself is safe by now,
+    and its report is still to be written. What a run that was
     stopped has written is written again.
     """
     folder = setup.workdir / 'export'
     if not setup.config.export:
         return
-    folder.mkdir(exist_ok=True)
     # As one process holds them, whatever they were trained on.
     full, compact = (
         CompactModel(module, jax.device_get(variables), small.structure)
@@ -180,11 +180,13 @@ def write_exports(
     for name in setup.config.export:
         path = folder / f'model.{name}'
         try:
+            folder.mkdir(exist_ok=True)
             done = export.FORMATS[name](compact, path)
             whole = export.FORMATS[name](full, None)
-        except errors.ExportError as error:
-            rows[name] = {'error': error.why}
-            setup.display.message(f'export: {error}')
+        except Exception as error:  # converters and disks fail in ways of their own
+            told = isinstance(error, errors.ExportError)
+            rows[name] = {'error': error.why if told else errors.words(error)}
+            setup.display.message(f'export: {name}: {rows[name]["error"]}')
         else:
             rows[name] = {
                 'bytes': done.bytes,

@@ -2,13 +2,17 @@
 
 import collections
 from collections.abc import Callable
+import errno
 import importlib.util
+import pathlib
 import re
 import subprocess
 import sys
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
+import nets
 import numpy as np
 import pytest
 import tiny
@@ -70,6 +74,53 @@ def test_a_number_of_the_batch_is_refused(tmp_path, size):
     small = jaxkd.prune(model, variables, images(1)[:, :4, :4], flops=0.7, criterion='l1')
     with pytest.raises(jaxkd.ExportError, match=r'use x.shape\[0\], not len\(x\)'):
         export.stablehlo(small, tmp_path / 'flat.hlo')
+
+
+class Odd(nn.Module):
+    """A scalar and indices as inputs; outputs that are booleans, and zeros alone."""
+
+    @nn.compact
+    def __call__(self, x, scale, index):
+        x = nn.relu(nn.Conv(8, (3, 3))(nn.relu(nn.Conv(8, (3, 3))(x)))).mean((1, 2))
+        x = nn.Dense(3)(x + nn.Embed(2, 8)(index)) / (1 + scale)
+        return x, x > 0, nn.Dense(2, kernel_init=nn.initializers.zeros)(x)
+
+
+def test_inputs_and_outputs_of_all_kinds(tmp_path):
+    inputs = images(1)[:, :4, :4], np.float32(1), np.zeros(1, np.int32)
+    model = Odd()
+    small = jaxkd.prune(model, model.init(jax.random.key(0), *inputs), *inputs, flops=0.9)
+    _, scale, index = export.random_inputs(small, 9)
+    assert scale.shape == () and set(index.tolist()) == {0, 1}
+    assert export.stablehlo(small, tmp_path / 'odd.hlo').difference < 1e-4
+
+
+class Half(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.Conv(16, (3, 3), use_bias=False, dtype=jnp.bfloat16)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16)(x))
+        return nn.Dense(3, dtype=jnp.bfloat16)(x.mean((1, 2)))
+
+
+def test_half_precision_rounds_wherever_it_is_computed(tmp_path):
+    model, inputs = Half(), images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.6, criterion='l1')
+    folded = export.stablehlo(small, tmp_path / 'half.hlo', fold=True)
+    assert 1e-4 < folded.difference < 4 * 2.0**-7
+    # The same bits, computed alike.
+    assert export.safetensors(small, tmp_path / 'half.safetensors').difference == 0
+
+
+def test_a_disk_that_is_full(folder, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
+    with pytest.raises(jaxkd.ExportError, match='full.hlo cannot be written: No space left'):
+        export.stablehlo(jaxkd.load('known'), 'full.hlo')
 
 
 def skip_without(format):
@@ -173,7 +224,7 @@ def run(tmp_path_factory):
     config.export = ('stablehlo', 'onnx')
 
     def failing(*args):
-        raise jaxkd.ExportError('onnx', 'no such operation')
+        raise TypeError('no such operation')
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(export.FORMATS, 'onnx', failing)
@@ -183,7 +234,7 @@ def run(tmp_path_factory):
 
 def test_run_exports_and_a_failure_is_told(run):
     workdir, report = run
-    assert report['export']['onnx'] == {'error': 'no such operation'}
+    assert report['export']['onnx'] == {'error': 'TypeError: no such operation'}
     told = report['export']['stablehlo']
     assert told['bytes'] == (workdir / 'export' / 'model.stablehlo').stat().st_size
     assert told['bytes'] < told['full_bytes'] and told['difference'] < 1e-4

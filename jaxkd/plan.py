@@ -302,14 +302,18 @@ def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any
     if not path:
         return None
     if fresh is not None:
-        layers = sorted(structure.widths(variables))
         try:
-            found = any(re.search(fresh, f'{layer}/') for layer in layers)
+            found = convert.named(variables, fresh)
         except re.error as error:
             why = f'it is no regular expression ({error})'
             raise errors.ConfigError('teacher.fresh', fresh, why=why) from None
         if not found:
-            raise errors.ConfigError('teacher.fresh', fresh, why=f'it names none of {layers}')
+            layers = sorted(structure.widths(variables))
+            why = f'it names no parameter of {layers}'
+            raise errors.ConfigError('teacher.fresh', fresh, why=why)
+        if len(found) == len(jax.tree.leaves(variables)):
+            why = 'it names every parameter; leave out teacher.checkpoint, and all begin anew'
+            raise errors.ConfigError('teacher.fresh', fresh, why=why)
     return hosts.first(lambda: convert.read(path, model, variables, fresh=fresh))
 
 

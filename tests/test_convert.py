@@ -278,6 +278,42 @@ def test_files_with_names_of_flax(tmp_path, separator):
     assert_equal(convert.read(tmp_path / 'flax.safetensors', RESNET, shapes), right)
 
 
+class Inner(nn.Module):
+    """A layer with a kernel and a scale, which have one name in PyTorch, in one called module."""
+
+    twice: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = x @ self.param('kernel', nn.initializers.ones, (3, 3))
+        return x * self.param('scale', nn.initializers.ones, (3,)) if self.twice else x
+
+
+class Outer(nn.Module):
+    twice: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return Inner(self.twice, name='module')(x)
+
+
+@pytest.mark.parametrize('twice', [False, True])
+def test_names_of_ones_own(tmp_path, twice):
+    model = Outer(twice)
+    right = numbers(model.init(jax.random.key(0), np.ones((1, 3), np.float32)))
+    path = tmp_path / 'own.safetensors'
+    safetensors.save_file(traverse_util.flatten_dict(right, sep='/'), path)
+    assert_equal(convert.read(path, model, right), right)
+    if twice:
+        with pytest.raises(jaxkd.ConfigError, match='one name in PyTorch'):
+            convert.to_torch(right, model)
+    else:
+        safetensors.save_file(convert.to_torch(right, model), path)
+        assert_equal(convert.read(path, model, right), right)
+    with pytest.raises(jaxkd.ConfigError, match='nothing is left to read'):
+        convert.read(path, model, right, fresh='.')
+
+
 def test_export(folder, capsys):
     """Of a network without a table: its own names, PyTorch's layouts."""
     assert export.main(['known', '--format=safetensors', '--out=known.safetensors']) == 0

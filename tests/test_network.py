@@ -91,7 +91,7 @@ def test_it_is_learned_from_weights_that_there_are(folder):
         jaxkd.load(folder / 'run/compact')
 
     config.teacher.tune_epochs = 1.0
-    config.teacher.fresh = 'Dense_0/'
+    config.teacher.fresh = 'Dense_0/(kernel|bias)'
     fresh = planning.make_plan(config).weights
     assert fresh['params'].keys() == {'BatchNorm_0', 'BatchNorm_1', 'Conv_0', 'Conv_1'}
     config.teacher.fresh = None
@@ -132,7 +132,17 @@ def test_it_is_learned_from_weights_that_there_are(folder):
         (
             'mine:Net',
             {'teacher.checkpoint': 'x', 'teacher.tune_epochs': 1.0, 'teacher.fresh': 'head/'},
-            "names none of .*'Dense_0'",
+            "names no parameter of .*'Dense_0'",
+        ),
+        (
+            'mine:Net',
+            {'teacher.checkpoint': 'x', 'teacher.tune_epochs': 1.0, 'teacher.fresh': '^Dense_0/$'},
+            "names no parameter of .*'Dense_0'",
+        ),
+        (
+            'mine:Net',
+            {'teacher.checkpoint': 'x', 'teacher.tune_epochs': 1.0, 'teacher.fresh': '.'},
+            'names every parameter',
         ),
     ],
 )

@@ -5,6 +5,6 @@ directory of Flax variables; `read` takes such directories and such files alike;
 variables PyTorch's names and layouts.
 """
 
-from jaxkd.convert.weights import KEY, describe, read, to_torch
+from jaxkd.convert.weights import KEY, describe, named, read, to_torch
 
-__all__ = ['KEY', 'describe', 'read', 'to_torch']
+__all__ = ['KEY', 'describe', 'named', 'read', 'to_torch']

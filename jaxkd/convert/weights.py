@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,7 +85,7 @@ def read(
     Raises:
       CheckpointError: what is there is something else, lacks variables, has others or ones of other
         shapes (it names some), or needs a model with other settings (it says which).
-      ConfigError: a package is missing, or two variables would have one name.
+      ConfigError: a package is missing, or `fresh` is found in all paths.
     """
     path = pathlib.Path(path)
     found = find(path, model, variables, fresh)
@@ -99,6 +100,14 @@ def read(
     return found.variables
 
 
+def named(variables: Any, pattern: str) -> set[str]:
+    """The variables whose path below its collection, 'stem/conv/kernel', a pattern is found in.
+
+    They are named with the collection, as 'params/stem/conv/kernel'.
+    """
+    return {name for name in _flat(variables) if re.search(pattern, name.partition('/')[2])}
+
+
 def find(path: pathlib.Path, model: nn.Module, variables: Any, fresh: str | None = None) -> Found:
     """`read`, with whatever settings the model has."""
     shapes = _flat(variables)
@@ -107,14 +116,19 @@ def find(path: pathlib.Path, model: nn.Module, variables: Any, fresh: str | None
         stored, candidates = _flat(tree), {'Flax': _flax(shapes, '/')}
     else:
         stored, described = files.load(path)
-        stored = _without_prefix(stored)
         candidates = _candidates(model, shapes)
         known = _described(path, described)
-    source, tensors = max(
-        candidates.items(), key=lambda item: sum(t.name in stored for t in item[1].values())
+    # The first of those that fit equally well: names that a network has itself are no prefix.
+    stored, source, tensors = max(
+        ((given, *item) for given in _prefixed(stored) for item in candidates.items()),
+        key=lambda found: sum(tensor.name in found[0] for tensor in found[2].values()),
     )
     if fresh is not None:
-        left_out = {name for name in tensors if re.search(fresh, name.partition('/')[2])}
+        left_out = named(variables, fresh)
+        if len(left_out) == len(tensors):
+            raise ConfigError(
+                'fresh', fresh, why='it is found in every path: nothing is left to read'
+            )
         unread = {tensors[name].name for name in left_out}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
         stored = {name: leaf for name, leaf in stored.items() if name not in unread}
@@ -286,12 +300,12 @@ def _flax(shapes: Mapping[str, Any], separator: str) -> dict[str, Tensor]:
 
 def _candidates(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Whatever a file may call the variables."""
-    return {
-        **{lib: arranged(shapes, model, lib) for lib in names.SOURCES.get(type(model), {})},
-        OWN_NAMES: arranged(shapes, model, None),
-        'Flax': _flax(shapes, '/'),
-        "Flax's names with dots": _flax(shapes, '.'),
-    }
+    found = {}
+    for library in (*names.SOURCES.get(type(model), {}), None):
+        # Of a layer with a kernel and a scale, there is no file with PyTorch's names.
+        with contextlib.suppress(ConfigError):
+            found[library or OWN_NAMES] = arranged(shapes, model, library)
+    return {**found, 'Flax': _flax(shapes, '/'), "Flax's names with dots": _flax(shapes, '.')}
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -299,13 +313,15 @@ def _flat(tree: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep='/')
 
 
-def _without_prefix(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what Flax lacks, and what data-parallel and compiled modules put before all names."""
+def _prefixed(stored: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """As stored, and without what data-parallel and compiled modules put before all names; both
+    without what Flax lacks."""
     stored = {name: leaf for name, leaf in stored.items() if not name.endswith(_IGNORED)}
+    yield stored
     for prefix in ('module.', '_orig_mod.'):
         if all(name.startswith(prefix) for name in stored):
             stored = {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
-    return stored
+            yield stored
 
 
 def _directory(path: pathlib.Path, variables: Any) -> tuple[dict, names.Settings | None]:

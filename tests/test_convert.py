@@ -379,6 +379,34 @@ class Branch(nn.Module):
         return nn.ConvTranspose(3, (2, 2), transpose_kernel=True, name='up')(x)
 
 
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6, name='attention')(x)
+        return nn.DenseGeneral((2, 5), name='general')(nn.Conv(4, (3,), name='conv')(x))
+
+
+def test_layouts_of_kernels_with_three_axes():
+    x = jax.ShapeDtypeStruct((1, 7, 4), np.float32)
+    model = Heads()
+    right = numbers(jax.eval_shape(model.init, jax.random.key(0), x))
+    tensors, params = convert.to_torch(right, model), right['params']
+    for part in ('query', 'key', 'value'):
+        kernel = params['attention'][part]['kernel'].reshape(4, 6)
+        np.testing.assert_array_equal(tensors[f'attention.{part}.weight'], kernel.T)
+        assert tensors[f'attention.{part}.bias'].shape == (6,)
+    kernel = params['attention']['out']['kernel'].reshape(6, 4)
+    np.testing.assert_array_equal(tensors['attention.out.weight'], kernel.T)
+    for leaf, name in (('kernel', 'weight'), ('bias', 'bias')):
+        np.testing.assert_array_equal(tensors[f'general.{name}'], params['general'][leaf])
+    np.testing.assert_array_equal(tensors['conv.weight'], params['conv']['kernel'].transpose())
+    layers = convert.describe(model.apply, right, [x], model)['layers']
+    assert layers['attention.query'] == layers['attention.key']
+    assert layers['attention.query'] == {'in_features': 4, 'out_features': 6}
+    assert layers['attention.out'] == {'in_features': 6, 'out_features': 4}
+    assert layers['conv']['kernel_size'] == [3] and 'general' not in layers
+
+
 def test_description_of_a_branch_that_has_gone():
     model, image = Branch(), np.ones((1, 4, 4, 4), np.float32)
     graph = jaxkd.trace(model, model.init(jax.random.key(0), image), image)

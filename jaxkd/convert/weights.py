@@ -34,6 +34,8 @@ _LEAVES = {
     'mean': 'running_mean',
     'var': 'running_var',
 }
+# The layers of an `nn.MultiHeadDotProductAttention`, whose kernels have an axis of heads.
+_ATTENTION = ('query', 'key', 'value', 'out')
 # What PyTorch has and Flax does not.
 _IGNORED = 'num_batches_tracked'
 _SHOWN = 3  # names in a message
@@ -280,15 +282,30 @@ def arranged(shapes: Mapping[str, Any], model: nn.Module, library: str | None) -
             row = rows.get(layer, names.Row(layer, layer.replace('/', '.')))
             theirs = f'{row.theirs}.{_LEAVES.get(leaf, leaf)}'.lstrip('.')
             layout = layouts.same
-            if leaf == 'kernel' and len(shape) > 1:
-                layout = row.layout or layouts.kernel
-            elif leaf == 'bias':
-                layout = layouts.vector
+            if leaf in ('kernel', 'bias'):
+                layout = _layout(name, sizes, row.layout)
         tensors[name] = Tensor(theirs, layout(shape, sizes))
     if len({tensor.name for tensor in tensors.values()}) < len(tensors):
         why = 'two of its variables have one name in PyTorch'
         raise ConfigError('model', type(model).__name__, why=why)
     return tensors
+
+
+def _layout(
+    name: str, sizes: Mapping[str, layouts.Shape], known: layouts.Layout | None
+) -> layouts.Layout:
+    """Of the kernel or the bias of a layer, whose kernel's layout may be known."""
+    layer, _, leaf = name.rpartition('/')
+    above, _, part = layer.rpartition('/')
+    if part in _ATTENTION and all(
+        len(sizes.get(f'{above}/{other}/kernel', ())) == 3 for other in _ATTENTION
+    ):
+        known = known or (layouts.out_of_heads if part == 'out' else layouts.into_heads)
+    elif known is None and len(sizes.get(f'{layer}/bias', ())) > 1:
+        return layouts.same  # a layer that makes several axes, as none of PyTorch's does
+    if leaf == 'bias':
+        return layouts.vector
+    return known or (layouts.kernel if len(sizes[name]) > 1 else layouts.same)
 
 
 def _flax(shapes: Mapping[str, Any], separator: str) -> dict[str, Tensor]:

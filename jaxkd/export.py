@@ -693,12 +693,16 @@ class _Images(NamedTuple):
         return np.asarray(data.normalize(part.fetch(chosen), self.mean, self.std))
 
     def accuracy(self, call: Callable[..., Any]) -> float:
-        """The share of the test part that a function of images gives the right answers to."""
+        """The share of the test part that a function of images gives the right answers to.
+
+        It returns logits, or has them as the first of its outputs.
+        """
         part = self.load('test')
         right = 0
         for start in range(0, part.size, JUDGED):
             chosen = np.arange(start, min(start + JUDGED, part.size))
-            logits = call(data.normalize(part.fetch(chosen), self.mean, self.std))
+            found = call(data.normalize(part.fetch(chosen), self.mean, self.std))
+            logits = found[0] if isinstance(found, tuple | list) else found  # with features
             right += np.sum(np.argmax(logits, -1) == part.labels[chosen])
         return float(right / part.size)
 

@@ -4,7 +4,7 @@ The name of a feature is the path of its module, such as 'block1/expand'; 'block
 the module returns when it is called for the second time. The model's code stays as it is: Linen
 keeps the outputs that are asked for. Of a model that returns `(logits, out)`, with a dict `out` of
 arrays, these are features, too, by their keys. A compact network has the features of the full one,
-of fewer channels.
+of fewer channels, but for those in `out`: outputs of a network keep their shapes.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import tiny
 import jaxkd
 from jaxkd import export, pipeline
 from jaxkd import plan as planning
+from jaxkd.data import split
 
 # With JAX alone: the file says everything.
 ALONE = """
@@ -258,6 +259,16 @@ def test_int8(run, format, tmp_path, capsys):
     assert found[1] == pytest.approx(found[0], abs=0.03)
     called = export.OPENED[format](tmp_path / 'int8')
     assert called(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
+
+
+@pytest.mark.parametrize('several', [tuple, list])
+def test_accuracy_is_that_of_the_first_output(several):
+    labels = np.array([0, 1, 2, 0])
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    part = split.in_memory(pixels, labels)
+    found = export._Images(lambda name: part, np.zeros(3, np.float32), np.ones(3, np.float32))
+    outputs = several([np.eye(3)[[0, 1, 2, 1]], np.zeros((4, 16))])
+    assert found.accuracy(lambda images: outputs) == 0.75
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,7 @@ def _clip(graph: Any) -> None:
         for stored in graph.initializer
         if np.prod(stored.dims) == 1
     }
-    reads = collections.Counter(name for node in graph.node for name in node.input)
-    reads.update(output.name for output in graph.output)
+    reads = _reads(graph)
     makers = {name: node for node in graph.node for name in node.output}
 
     def bounded(node: Any, kind: str) -> tuple[str, str] | None:
@@ -211,8 +210,19 @@ def _add(graph: Any, arrays: Mapping[str, np.ndarray]) -> None:
     graph.initializer.extend(onnx.numpy_helper.from_array(x, name) for name, x in arrays.items())
 
 
+def _reads(graph: Any) -> collections.Counter[str]:
+    """How often each array is read: by nodes, those of branches and loops, too, or as an output."""
+    reads = collections.Counter(output.name for output in graph.output)
+    for node in graph.node:
+        reads.update(node.input)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):  # empty where it is a number, say
+                reads += _reads(inner)
+    return reads
+
+
 def _drop_unread(graph: Any) -> None:
-    reads = {name for node in graph.node for name in node.input}
+    reads = _reads(graph)
     kept = [stored for stored in graph.initializer if stored.name in reads]
     del graph.initializer[:]
     graph.initializer.extend(kept)

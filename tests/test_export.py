@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import jaxkd
-from jaxkd import export, pipeline
+from jaxkd import export, onnx_graph, pipeline
 from jaxkd import plan as planning
 from jaxkd.data import split
 
@@ -215,6 +215,24 @@ def test_onnx_graph_is_tidy(folder):
     assert kinds['Conv'] == 52 and kinds['Clip'] == 35
     assert kinds['Transpose'] <= 2
     assert kinds.keys() <= {'Conv', 'Clip', 'Add', 'Transpose', 'ReduceMean', 'Gemm'}
+
+
+def test_what_a_branch_alone_reads_stays():
+    onnx = pytest.importorskip('onnx')
+    made, info, floats = onnx.helper, onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    then, other = (
+        made.make_graph([made.make_node(*node)], 'branch', [], [info(node[2][0], floats, [2])])
+        for node in (('Add', ['x', 'w'], ['t']), ('Identity', ['x'], ['e']))
+    )
+    graph = made.make_graph(
+        [made.make_node('If', ['c'], ['y'], then_branch=then, else_branch=other)],
+        'whole',
+        [info('x', floats, [2]), info('c', onnx.TensorProto.BOOL, [])],
+        [info('y', floats, [2]), info('out', floats, [2])],
+        [onnx.numpy_helper.from_array(np.ones(2, np.float32), name) for name in ('w', 'out', 'no')],
+    )
+    onnx_graph._drop_unread(graph)
+    assert [stored.name for stored in graph.initializer] == ['w', 'out']
 
 
 @pytest.fixture(scope='module')

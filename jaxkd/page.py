@@ -395,7 +395,9 @@ def _training(rows: Rows, report: Mapping[str, Any]) -> str:
     best, seconds = report.get('best', {}), report.get('seconds', {})
     table = [('stage', 'steps', 'time', 'validation', 'best', 'at step')]
     for stage, own in by_stage.items():
-        last = [row['validation_accuracy'] for row in own if row.get('validation_accuracy')]
+        last = [
+            row['validation_accuracy'] for row in own if row.get('validation_accuracy') is not None
+        ]
         table.append(
             (
                 stage,

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from jaxkd import charts, metrics, report
+from jaxkd import charts, metrics, page, report
 from jaxkd import workdir as records
 
 NASTY = '<script>alert("1")</script>&\'"'
@@ -123,6 +123,12 @@ def test_a_report_of_the_first_versions_is_a_page(tmp_path, capsys):
     assert '95.00%' in text and '2.00× smaller' in text and 'Channels kept' in text
     for section in ('Cost by block', 'The search', 'Training', 'Classes', 'Speed'):
         assert section not in text
+
+
+def test_an_accuracy_of_nothing_is_one():
+    row = {'stage': 'teacher', 'step': 1, 'loss': 1.0, 'accuracy': 0.5}
+    rows = [row | {'validation_accuracy': share} for share in (0.25, 0.0)]
+    assert '>0.00%<' in page._training(rows, {})
 
 
 def test_everything_from_outside_is_escaped(workdir):

@@ -264,6 +264,12 @@ def test_directories_of_orbax(tmp_path):
     assert_equal(convert.read(tmp_path / 'plain', RESNET, shapes), right)
     with pytest.raises(jaxkd.CheckpointError, match='none of the variables'):
         convert.read(tmp_path / 'bare', RESNET, shapes)
+    (tmp_path / 'manager').mkdir()
+    (tmp_path / 'plain').rename(tmp_path / 'manager' / '12')
+    with pytest.raises(jaxkd.CheckpointError, match='name one of them, such as .*manager/12'):
+        convert.read(tmp_path / 'manager', RESNET, shapes)
+    assert_equal(convert.read(tmp_path / 'manager' / '12', RESNET, shapes), right)
+    (tmp_path / 'manager' / '12').rename(tmp_path / 'plain')
     with pytest.raises(jaxkd.CheckpointError, match='5 classes, and the ResNet 6'):
         other = RESNET.clone(num_classes=6)
         convert.read(tmp_path / 'plain', other, abstract(other))

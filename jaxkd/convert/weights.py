@@ -114,7 +114,11 @@ def find(path: pathlib.Path, model: nn.Module, variables: Any, fresh: str | None
     """`read`, with whatever settings the model has."""
     shapes = _flat(variables)
     if path.is_dir():
-        tree, known = _directory(path, variables)
+        try:
+            tree, known = _directory(path, variables)
+        except CheckpointError:
+            _refuse_steps(path)
+            raise
         stored, candidates = _flat(tree), {'Flax': _flax(shapes, '/')}
     else:
         stored, described = files.load(path)
@@ -352,6 +356,15 @@ def _directory(path: pathlib.Path, variables: Any) -> tuple[dict, names.Settings
             why = 'it holds a compact network, which jaxkd.load reads; a full one is needed here'
         raise CheckpointError(path, why)
     return {name: tree[name] for name in variables if name in tree}, metadata['settings']
+
+
+def _refuse_steps(path: pathlib.Path) -> None:
+    """Tells of a directory that holds checkpoints, by their numbers, to name one of these."""
+    steps = [inside for inside in path.iterdir() if inside.name.isdecimal()]
+    if steps:
+        last = max(steps, key=lambda inside: int(inside.name))
+        why = f'it holds steps of a CheckpointManager; name one of them, such as {last}'
+        raise CheckpointError(path, why)
 
 
 def _described(path: pathlib.Path, metadata: Mapping[str, str]) -> names.Settings | None:

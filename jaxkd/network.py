@@ -60,7 +60,7 @@ def _takes(function: Any, argument: str) -> bool:
         has = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of something that is not written in Python
         return False
-    return argument in has or any(p.kind == p.VAR_KEYWORD for p in has.values())
+    return argument in has
 
 
 def _function(name: str, field: str) -> Any:
@@ -73,7 +73,7 @@ def _function(name: str, field: str) -> Any:
         why = f'there is no module {error.name}, neither installed nor in the current directory'
     except AttributeError as error:
         why = errors.words(error)
-    except Exception as error:  # the user's code can raise anything
+    except (Exception, SystemExit) as error:  # the user's code can raise anything
         why = f'importing {module} raises {errors.words(error)}'
     else:
         if callable(found) and not isinstance(found, nn.Module):

@@ -43,6 +43,10 @@ def seven():
     return Net(7)
 
 
+def anything(**fields):
+    return nn.Dense(**{'features': 4, **fields})
+
+
 def broken(num_classes):
     return nn.Dense(num_classes, kernel_init=None)
 
@@ -54,6 +58,7 @@ constant = 3
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / 'mine.py').write_text(MODULE)
+    (tmp_path / 'ending.py').write_text('raise SystemExit(3)')
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__('sys').modules, 'mine', raising=False)
@@ -112,9 +117,14 @@ def test_it_is_learned_from_weights_that_there_are(folder):
         pipeline.run(config, folder / 'run')
 
 
+def test_what_a_function_does_not_name_it_is_not_given(folder):
+    assert network.make('mine:anything', {}, defaults={'num_classes': 10}).features == 4
+
+
 @pytest.mark.parametrize(
     ('name', 'changes', 'words'),
     [
+        ('ending:Net', {}, 'importing ending raises SystemExit: 3'),
         ('mine:seven', {}, r"'mine:seven': its logits are of shape \(1, 7\); digits, with 10"),
         ('mine:nothing', {}, "has no attribute 'nothing'"),
         ('mine:constant', {}, 'neither a function nor a class'),

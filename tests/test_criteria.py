@@ -278,6 +278,31 @@ def test_prune_with_each_criterion(criterion):
     assert np.isfinite(small.apply(small.variables, evidence.batches[0][0])).all()
 
 
+def test_parameters_with_a_slash_in_their_names():
+    """A `nn.WeightNorm` calls its own Conv_0/kernel/scale."""
+
+    def body(x):
+        for features in (8, 6):
+            x = nn.relu(nn.WeightNorm(nets.conv(features))(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+    model = nets.Net(body)
+    variables = nets.variables_of(model, IMAGES)
+    data = {
+        'loss': lambda v, x: jnp.square(model.apply(v, x)).mean(),
+        'batches': [nets.images_for(IMAGES)],
+    }
+    small = jaxkd.prune(model, variables, IMAGES, flops=0.5, criterion='fisher', **data)
+    kept = small.structure.keep['Conv_1'].sum()
+    scale = small.variables['params']['WeightNorm_1']['Conv_1/kernel/scale']
+    assert scale.shape == (kept,) and kept < 6
+    graph = jaxkd.trace(model, variables, IMAGES)
+    assert criteria.activation(graph, variables, Evidence(*data.values()))['Conv_1'].shape == (6,)
+    search = jaxkd.Search(graph, variables['params'], steps=1, learning_rate=0.1, flops=0.5)
+    params = search.gated(variables['params'])
+    nets.assert_same(search.fold(params), variables['params'])
+
+
 def test_uniform_takes_the_same_share_of_every_group():
     """A channel of `left` costs several times one of `plain`, and it makes no difference."""
     model = Sum(32)

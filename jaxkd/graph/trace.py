@@ -121,6 +121,17 @@ class Graph:
         return {path_string(path): leaf.shape for path, leaf in _leaves(self.variables)}
 
     @functools.cached_property
+    def keys_of(self) -> dict[str, tuple[str, ...]]:
+        """The keys that lead to every variable, by its path.
+
+        Not the parts of the path: those of `nn.WeightNorm` have a '/' in their names.
+        """
+        return {
+            path_string(path): tuple(entry.key for entry in path)
+            for path, _ in _leaves(self.variables)
+        }
+
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {group.name: group.size for group in self.groups}
 

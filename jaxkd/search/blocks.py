@@ -229,10 +229,8 @@ def _producers(graph: Graph, group: ChannelGroup) -> list[str]:
     """The group's name, and the parameters whose last axis it has: those that make its channels."""
     paths = [group.name]
     for member in group.members:
-        leaf = graph.variables
-        for key in member.path.split('/'):
-            leaf = leaf[key]
-        if member.path.startswith('params/') and member.axis == len(leaf.shape) - 1:
+        last = len(graph.shapes[member.path]) - 1
+        if member.path.startswith('params/') and member.axis == last:
             paths.append(member.path.removeprefix('params/'))
     return paths
 

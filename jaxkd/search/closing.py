@@ -95,7 +95,7 @@ class Trial:
         names = tuple(closings)
         if names not in self._masked:
             everything = [
-                (tuple(member.path.split('/')), member.axis, positions[self._removed[name]])
+                (self._graph.keys_of[member.path], member.axis, positions[self._removed[name]])
                 for name in names
                 for member, positions in _members(self._graph.by_name[name])
             ]
@@ -148,7 +148,7 @@ def _layers(
     makers: dict[tuple[str, ...], list[Slice]] = {}
     readers: dict[tuple[str, ...], list[Slice]] = {}
     for (member, positions), made in zip(_members(group), group.made, strict=True):
-        collection, *path = member.path.split('/')
+        collection, *path = graph.keys_of[member.path]
         if collection == 'params':
             vector = len(shapes[collection, *path].shape) == 1
             layers = makers if made or vector else readers

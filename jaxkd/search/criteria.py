@@ -404,7 +404,7 @@ def _watched(graph: Graph) -> dict[str, list[_Place]]:
                 # A kernel's output axes, in their order, are the last of the layer's output. They
                 # need not be the last of the kernel: those of a transposed one are not.
                 axis = -sum(other >= member.axis for other in made[member.path])
-                layer = '/'.join(member.path.split('/')[1:-1])
+                layer = '/'.join(graph.keys_of[member.path][1:-1])
                 size = shapes[member.path].shape[member.axis]
                 found.append(_Place(layer, axis, size, positions))
         places[group.name] = found
@@ -467,21 +467,22 @@ def _first_order(
         for group in graph.groups
         if not group.frozen
     }
-    wanted = {m.path for members in terms.values() for term in members for m, _ in term}
+    keys = graph.keys_of
+    wanted = {keys[m.path] for members in terms.values() for term in members for m, _ in term}
 
     @jax.jit
-    def squares(leaves: dict[str, jax.Array], batch: Any) -> dict[str, jax.Array]:
+    def squares(leaves: dict[tuple[str, ...], jax.Array], batch: Any) -> dict[str, jax.Array]:
         fixed = {path: leaf for path, leaf in leaves.items() if path not in wanted}
 
-        def scalar(moving: dict[str, jax.Array]) -> jax.Array:
-            return loss(traverse_util.unflatten_dict({**fixed, **moving}, sep='/'), batch)
+        def scalar(moving: dict[tuple[str, ...], jax.Array]) -> jax.Array:
+            return loss(traverse_util.unflatten_dict({**fixed, **moving}), batch)
 
         moving = {path: leaves[path] for path in sorted(wanted)}
         gradients = jax.grad(scalar)(moving)
 
         def total(member: tracing.Member, positions: np.ndarray) -> jax.Array:
             """Σ g·w of each unit, float32 [units]."""
-            weights, slopes = moving[member.path], gradients[member.path]
+            weights, slopes = moving[keys[member.path]], gradients[keys[member.path]]
             product = slopes.astype(jnp.float32) * weights.astype(jnp.float32)
             others = tuple(axis for axis in range(product.ndim) if axis != member.axis)
             return product.sum(others)[positions].sum(1)
@@ -492,7 +493,7 @@ def _first_order(
             if members
         }
 
-    leaves = _leaves(variables)
+    leaves = traverse_util.flatten_dict(tracing.plain(variables))
     found = [jax.device_get(squares(leaves, batch)) for batch in batches]
     return {
         name: _finite(criterion, np.mean([score[name] for score in found], axis=0, dtype=float))

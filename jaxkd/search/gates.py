@@ -120,7 +120,7 @@ def norms(graph: Graph) -> dict[str, tuple[Scale, ...]]:
     for group in graph.groups:
         scales = []
         for member, positions in zip(group.members, group.positions, strict=True):
-            collection, *layer, name = member.path.split('/')
+            collection, *layer, name = graph.keys_of[member.path]
             if (collection, name) == ('params', 'scale'):
                 vectors = _get(graph.variables['params'], tuple(layer))
                 others = set(vectors) - {'scale', 'bias'}

@@ -759,6 +759,17 @@ def test_apply_takes_what_apply_takes(classifier):
     assert_same(small.apply(core.freeze(small.variables), x), small.apply(small.variables, x), 0)
 
 
+@pytest.mark.parametrize('method', ['features', Classifier.features])
+def test_a_method_is_traced_and_cut(classifier, method):
+    model, variables, *_ = classifier
+    small = jaxkd.prune(model, variables, IMAGES, flops=0.6, method=method)
+    assert small.structure.compact['flops'] < small.structure.full['flops']
+    # What it returns is the network's output, and stays whole.
+    assert small.apply(small.variables, images_for(), method=method).shape == (2, 4)
+    with pytest.raises(jaxkd.GraphError, match='no_such'):
+        jaxkd.trace(model, variables, IMAGES, method='no_such')
+
+
 def test_init_and_use_as_a_submodule(classifier):
     _, _, _, small = classifier
     x = images_for()

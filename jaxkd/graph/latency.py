@@ -44,7 +44,7 @@ from scipy import optimize
 from jaxkd import cpu, device, errors
 from jaxkd.graph import cost as costs
 from jaxkd.graph import cut as cutting
-from jaxkd.graph import structure
+from jaxkd.graph import resize, structure
 from jaxkd.graph.trace import Graph, trace
 
 # The widths at which layers are measured, and whole networks, as shares of the full width.
@@ -218,7 +218,7 @@ def network(
     def run(*leaves):
         variables, inputs = jax.tree.unflatten(tree, leaves)
         with cpu.fast_convolutions():
-            return model.apply(variables, *inputs, **apply_kwargs)
+            return resize.apply(model, variables, *inputs, **apply_kwargs)
 
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     return Probe(NETWORK, '', run, shapes)

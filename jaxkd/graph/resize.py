@@ -208,6 +208,15 @@ class CompactModule(nn.Module):
             return getattr(method, '__func__', method)(self._bound, *args, **kwargs)
 
 
+def apply(
+    module: nn.Module, variables: Any, /, *args: Any, method: Any = None, **kwargs: Any
+) -> Any:
+    """`module.apply`, in which `method` of a compact module is one of the model's methods."""
+    if method is not None and isinstance(module, CompactModule):
+        args, method = (method, *args), 'run'
+    return module.apply(variables, *args, method=method, **kwargs)
+
+
 def _rule(module: nn.Module) -> Callable[[Any, Shapes, Shapes, Any], dict[str, Any]]:
     return next((RESIZED[c] for c in type(module).__mro__ if c in RESIZED), _by_size)
 

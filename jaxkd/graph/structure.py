@@ -90,12 +90,8 @@ class CompactModel:
         `method` is a method of the model or its name. On a CPU, convolutions run in the form that
         is fast there.
         """
-        if method is not None:
-            args = (method, *args)
         with cpu.fast_convolutions():
-            return self.module.apply(
-                variables, *args, method=None if method is None else 'run', **kwargs
-            )
+            return resize.apply(self.module, variables, *args, method=method, **kwargs)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

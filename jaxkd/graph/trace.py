@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxkd import cpu, errors
-from jaxkd.graph import branches, names, rules
+from jaxkd.graph import branches, names, resize, rules
 from jaxkd.graph import cost as costs
 from jaxkd.graph import table as tables
 
@@ -396,7 +396,7 @@ def applied(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any,
 
     def apply(variables, inputs):
         with nn.intercept_methods(as_written):
-            out = model.apply(variables, *inputs, **apply_kwargs)
+            out = resize.apply(model, variables, *inputs, **apply_kwargs)
         return out if apply_kwargs.get('mutable', False) else (out, {})
 
     return apply

@@ -669,6 +669,32 @@ def test_wrong_inputs():
         jaxkd.trace(model, variables, wrong)
 
 
+def test_arrays_are_inputs_and_flags_are_not():
+    class Biased(nn.Module):
+        @nn.compact
+        def __call__(self, x, bias, keep=False):
+            x = nn.relu(conv(8, name='stem')(x) + nn.Dense(8)(bias)[:, None, None])
+            return nn.Dropout(0.5)(nn.Dense(3)(x.mean((1, 2))), deterministic=keep)
+
+    model, x, bias = Biased(), jnp.ones((4, 6, 6, 3)), jnp.ones((4, 5))
+    variables = model.init(jax.random.key(0), x, bias, keep=True)
+    flags = {'keep': np.bool_(False), 'rngs': {'dropout': jax.random.PRNGKey(0)}}
+    assert jaxkd.trace(model, variables, x, bias, **flags).cost().flops == 36 * 27 * 8 + 40 + 24
+    for inputs, arrays in (((x,), {'bias': bias}), ((), {'bias': bias, 'x': x})):
+        with pytest.raises(jaxkd.ConfigError, match=r'bias is .*4, 5.* by position'):
+            jaxkd.prune(model, variables, *inputs, flops=0.6, **arrays, **flags)
+    small = jaxkd.prune(
+        model,
+        variables,
+        x,
+        bias,
+        flops=0.6,
+        keep=True,
+        method=lambda m, x, b, keep: m(x, bias=b, keep=keep),
+    )
+    assert small.apply(small.variables, x, bias=bias, keep=True).shape == (4, 3)
+
+
 # The compact network is used like the model.
 
 

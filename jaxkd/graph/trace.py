@@ -295,16 +295,20 @@ def trace(
       inexact: what becomes of channels over which a mean, a maximum or the like is taken, as
         LayerNorm does: 'freeze' keeps them; 'allow' lets them be removed, although the channels
         that are left then change.
-      **apply_kwargs: further arguments of `model.apply`, such as `train=False`.
+      **apply_kwargs: further arguments of `model.apply`, such as `train=False`, which stay as they
+        are. No arrays but scalars and what is in `rngs`: an array is an input, and where the model
+        takes it by keyword alone there is `method=lambda model, x, mask: model(x, mask=mask)`.
 
     Returns:
       The graph. Warns with the reasons if most of the parameters are in layers that stay whole.
 
     Raises:
       GraphError: where the module cannot be applied to these variables and inputs.
+      ConfigError: for an array among the keyword arguments.
     """
     if inexact not in INEXACT:
         raise errors.ConfigError('inexact', inexact, allowed=INEXACT)
+    _refuse_arrays(apply_kwargs)
     variables = jax.tree.map(_abstract, plain(variables))
     inputs = jax.tree.map(_abstract, tuple(inputs))
     try:
@@ -375,6 +379,15 @@ def trace(
         graph = settle.settle(graph)
     _warn_if_frozen(graph)
     return graph
+
+
+def _refuse_arrays(apply_kwargs: Mapping[str, Any]) -> None:
+    """As constants they would have the batch in them, which no cost may count or check change."""
+    for name, value in apply_kwargs.items():
+        for leaf in jax.tree.leaves(value) if name != 'rngs' else ():
+            if getattr(leaf, 'ndim', 0):
+                why = 'an array is an input, so pass it by position; its leading axis is the batch'
+                raise errors.ConfigError(name, _abstract(leaf), why=why)
 
 
 def outputs_of(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Any]:

@@ -52,7 +52,7 @@ def prune(
         differentiate, with the model in its evaluation mode.
       batches: some batches of data, whatever `loss` takes.
       seed: for the criterion 'random'.
-      **apply_kwargs: further arguments of `model.apply`.
+      **apply_kwargs: further arguments of `model.apply`; see `jaxkd.trace`.
 
     Returns:
       The compact network, verified. Its accuracy comes back by training it on, best with

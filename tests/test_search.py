@@ -16,7 +16,7 @@ from scipy import sparse
 
 from jaxkd import errors
 from jaxkd.graph import trace as tracing
-from jaxkd.search import blocks, control, criteria, gates, penalty
+from jaxkd.search import blocks, control, criteria, gates, learn, penalty
 from jaxkd.search import select as selecting
 
 
@@ -362,6 +362,13 @@ def test_a_block_keeps_its_own_budget(chain):
         selecting.select(graph, scores, blocks=[('two', {'budget': {'flops': 3}, 'min_keep': 4})])
     with pytest.raises(errors.ConfigError, match='flops, params, activations'):
         selecting.select(graph, scores, blocks=[('two', {'budget': {'power': 0.5}})])
+
+
+@pytest.mark.parametrize('rate', [0.1, lambda step: 0.1, optax.cosine_onecycle_schedule(20, 0.1)])
+def test_rates_are_those_of_the_optimizer(chain, rate):
+    course = learn.course(chain[0], steps=10, learning_rate=rate, flops=0.5)
+    expected = [rate(step) if callable(rate) else rate for step in range(20)]
+    np.testing.assert_allclose(course.rates, expected, rtol=0, atol=1e-8)  # of 0.1, in float32
 
 
 def test_schedule():

@@ -80,12 +80,14 @@ def course(
     min_keep = selecting.floor(graph, min_keep, blocks=blocks, round_to=round_to, **budget)
     down = max(1, round(ramp * steps))
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+    # One step at a time, as an optimizer asks: some schedules compare the step with an array.
+    rates = np.asarray(jax.vmap(schedule)(np.arange(2 * steps)))
     return Course(
         graph,
         found,
         blocking.resolve(graph, blocks, min_keep),
         blocking.budgets(graph, blocks, **budget),
-        np.broadcast_to(np.asarray(schedule(np.arange(2 * steps))), (2 * steps,)),
+        rates,
         down,
         max(1, down // ROUNDS),
         coupling,

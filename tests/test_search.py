@@ -434,6 +434,11 @@ def test_gates_close_in_the_order_of_their_worth(chain):
     valued = control.valued(state, efforts)
     np.testing.assert_allclose(valued['one'], 2.0)
     assert 0 < valued['two'][0] < 1e-3 and valued['two'][5] == 12.0
+    for wrong in (np.full(6, np.nan), -np.ones(6), np.ones(5)):
+        with pytest.raises(errors.ConfigError, match=r"worth\['two'\].* 6 finite numbers"):
+            control.weigh(state, efforts, {'two': wrong})
+    with pytest.raises(errors.ConfigError, match="worth is 'too'.*did you mean two"):
+        control.weigh(state, efforts, {'too': np.ones(6)})
 
 
 def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):

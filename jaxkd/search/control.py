@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxkd import errors
 from jaxkd.graph.cost import Cost
 from jaxkd.graph.trace import Graph
 from jaxkd.search import blocks as blocking
+from jaxkd.search import select as selecting
 
 # The integral term grows by this factor over one horizon in which the cost is `EXCESS` above its
 # schedule all the time, and falls likewise; it stays within `BOUNDS` (anti-windup).
@@ -87,8 +89,20 @@ def weigh(
       state: `initial`.
       efforts: float [units] by group name, of the parameters at the start.
       worth: the same, ≥ 0, on any scale. Groups that it lacks are worth the mean of the others.
+
+    Raises:
+      ConfigError: for what no group is called, and for what `select.checked` refuses.
     """
-    mean = np.mean(np.concatenate([w for name, w in worth.items() if name in efforts]))
+    groups = {name: len(units) for name, units in state.physical.items()}
+    for name in worth:
+        if name not in groups:
+            raise errors.ConfigError('worth', name, allowed=groups)
+    worth = {
+        name: selecting.checked(f'worth[{name!r}]', score, groups[name])
+        for name, score in worth.items()
+    }
+    known = [score for name, score in worth.items() if name in efforts]
+    mean = np.mean(np.concatenate(known)) if known else 0.0
     if not mean:
         return state  # nothing is known
     value = {}

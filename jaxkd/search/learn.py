@@ -304,7 +304,7 @@ class Search:
     Raises:
       BudgetError: for a budget that cannot be reached.
       GraphError: for a network that cannot be cut; see `rehearse`.
-      ConfigError: for gates, couplings, blocks or budgets that cannot be.
+      ConfigError: for gates, couplings, blocks, budgets or a worth that cannot be.
     """
 
     def __init__(

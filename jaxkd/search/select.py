@@ -156,11 +156,21 @@ def step(group: ChannelGroup, round_to: int) -> int:
 
 def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The units of a group, best first; equal ones in their order."""
-    score = np.asarray(scores.get(name, np.zeros(size)), float)
+    score = checked(f'scores[{name!r}]', scores.get(name, np.zeros(size)), size)
+    return np.argsort(-score, kind='stable')
+
+
+def checked(field: str, score: np.ndarray, size: int) -> np.ndarray:
+    """What a user says that each unit of a group of this size is worth, as float64 [size].
+
+    Raises:
+      ConfigError: for another shape, and for what is not finite or less than 0.
+    """
+    score = np.asarray(score, float)
     if score.shape != (size,) or not np.isfinite(score).all() or (score < 0).any():
         why = f'it must be {size} finite numbers ≥ 0, one for each unit of the group'
-        raise errors.ConfigError(f'scores[{name!r}]', score, why=why)
-    return np.argsort(-score, kind='stable')
+        raise errors.ConfigError(field, score, why=why)
+    return score
 
 
 def _pose(

@@ -279,9 +279,12 @@ def test_what_cannot_be_asked(chain):
         blocks.resolve(graph, [('one', {'strenght': 2.0})])
     with pytest.raises(errors.ConfigError, match='more than max_keep'):
         blocks.resolve(graph, [('one', {'min_keep': 3, 'max_keep': 2})])
-    for wrong in (0, -0.5, 'half', True):
+    for wrong in (0, -0.5, 'half', True, np.nan, np.float32(np.nan), np.bool_(True)):
         with pytest.raises(errors.ConfigError, match='budget.flops'):
             selecting.select(graph, scores, flops=wrong)
+    for number in (np.float32(0.5), np.float16(0.5), np.int64(20)):
+        assert blocks.budgets(graph, flops=number) == blocks.budgets(graph, flops=float(number))
+    assert isinstance(blocks.budgets(graph, flops=np.float32(0.5))[0].most, float)
 
 
 def test_first_block_that_matches_decides(chain):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import numbers
 import re
 from typing import Any, NamedTuple
 
@@ -326,8 +327,8 @@ def _budget(
 ) -> Budget:
     amounts = {r: _amount(cost, r, layers) for r in RESOURCES}
     unit, _ = UNITS.get(resource, (1, ''))
-    whole = most is None or most <= 1
-    most = (1 if most is None else most) * (amounts[resource] if whole else unit)
+    most = 1.0 if most is None else float(most)  # a product in float32 could round it up
+    most *= amounts[resource] if most <= 1 else unit
     return Budget(resource, most, amounts, block, layers, *during)
 
 
@@ -349,7 +350,7 @@ def _check_budget(field: str, graph: Graph, resource: str, asked: Any) -> None:
 
 
 def _check_number(field: str, asked: Any) -> None:
-    if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked > 0:
+    if isinstance(asked, bool) or not isinstance(asked, numbers.Real) or not asked > 0:
         raise errors.ConfigError(
             field,
             asked,

@@ -53,8 +53,9 @@ def cut(graph: Graph, tree: Any, keep: Keep, among: Keep | None = None) -> Any:
     Args:
       graph: the traced network.
       tree: its variables, or any tree that holds arrays under the same paths: gradients, EMA, the
-        state of an optax optimizer. Leaves may be arrays or `jax.ShapeDtypeStruct`s. Leaves under
-        other paths (step counters, keys) stay as they are.
+        state of an optax optimizer that keeps arrays of the variables' shapes (not
+        `optax.adafactor`, which keeps sums over their axes: begin it anew). Leaves may be arrays or
+        `jax.ShapeDtypeStruct`s. Leaves under other paths (step counters, keys) stay as they are.
       keep: what to keep.
       among: what is still there in `tree`, if it has been cut before.
 

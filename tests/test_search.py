@@ -444,6 +444,22 @@ def test_gates_close_in_the_order_of_their_worth(chain):
         control.weigh(state, efforts, {'too': np.ones(6)})
 
 
+def test_open_gates_give_way_only_where_the_budget_is_used_up(chain):
+    """Open are A=2, B=4, which cost 18; one more would cost 22 or more.
+
+    A=1, B=6 is worth more and costs 19: all of a budget of 19, but only 0.90 of one of 21.
+    """
+    graph, variables = chain
+    params = _with_scales(variables, one_bn=[9, 1, 1, 1], two_bn=[5, 5, 5, 5, 5, 5])
+    for most, expected in ((19, (1, 6)), (21, (2, 4))):
+        course = learn.course(graph, steps=10, learning_rate=0.1, flops=most)
+        body = learn.body(course, graph.keep_all())
+        memory = learn.first(body, params)
+        closed = {'one': np.arange(4) >= 2, 'two': np.arange(6) >= 4}
+        keep = learn.choose(body, params, memory._replace(closed={**memory.closed, **closed}))
+        assert (keep['one'].sum(), keep['two'].sum()) == expected
+
+
 def test_closed_gates_stay_closed_and_met_budgets_press_no_more(chain):
     graph, _ = chain
     efforts = {'one': np.full(4, 5.0), 'two': np.array([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])}

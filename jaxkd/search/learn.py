@@ -244,7 +244,9 @@ def strength(body: Body, memory: control.State) -> dict[str, np.ndarray]:
 def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarray]:
     """The structure that was found: the units whose gates are open, as far as the budgets allow.
 
-    What they leave over of a budget is used up by others, if need be in the place of some of them.
+    What they leave over of a budget is used up by others: `select.FULL` of it is promised. Where
+    the open gates leave no way to that, some of them give way to others, if with these there is
+    one; else they all stay.
     """
     course = body.course
     scores = control.valued(memory, efforts(body, params))
@@ -258,8 +260,11 @@ def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarr
     if not course.budgets or used(alive) > 1:
         return course.select(scores)
     keep = course.select(scores, held=alive)
+    if used(keep) >= selecting.FULL:
+        return keep
     # In a network of few channels, those that are open can leave no room for any other.
-    return keep if used(keep) >= selecting.FULL else max(keep, course.select(scores), key=used)
+    other = course.select(scores)
+    return other if used(other) >= selecting.FULL else keep
 
 
 class Search:

@@ -28,7 +28,7 @@ import numpy as np
 from jaxkd import command, convert, cpu, data, errors, mode, onnx_graph, saved
 from jaxkd import fold as folding
 from jaxkd import workdir as records
-from jaxkd.graph import structure
+from jaxkd.graph import resize, structure
 from jaxkd.graph.structure import CompactModel
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -443,7 +443,7 @@ def network(
 
     def run(variables, *inputs):
         with within():
-            return small.module.apply(variables, *inputs, **kwargs)
+            return resize.apply(small.module, variables, *inputs, **kwargs)
 
     return run
 

@@ -381,9 +381,8 @@ def run_torch(
     asked = runs / f'{task.name()}.json'
     config = _config(flags_of(arguments, task, how))
     images = runs / f'images-{task.seed}-{_digest(config["data"])}.npz'
-    erasing = dict.fromkeys(('teacher', 'search', 'distil'), config['data']['augment']['erasing'])
-    if config['distil']['augment']['erasing'] is not None:
-        erasing['distil'] = config['distil']['augment']['erasing']
+    views = dict.fromkeys(('teacher', 'search'), config['data']['augment'])
+    views['distil'] = config['distil']['augment']
     if not images.exists():
         write_images(images, config)
     asked.parent.mkdir(parents=True, exist_ok=True)
@@ -400,7 +399,7 @@ def run_torch(
         'budget': task.shares(),
         'seed': task.seed,
         'padding': config['data']['padding'],
-        'stages': {stage: config[stage] | {'erasing': chance} for stage, chance in erasing.items()},
+        'stages': {stage: config[stage] | {'erasing': v['erasing']} for stage, v in views.items()},
     }
     shared = {name: settings[name] for name in ('network', 'arguments', 'images', 'padding')}
     origin = _digest([shared, settings['stages']['teacher']])
@@ -414,11 +413,17 @@ def run_torch(
 
 
 def _config(flags: list[str]) -> dict[str, Any]:
-    """The config that these flags make, as JSON, by a process of its own: flags are global."""
+    """The config that these flags make, as JSON, by a process of its own: flags are global.
+
+    Of `distil.augment` it has what holds in the end.
+    """
     code = (
-        'import json, sys; from absl import flags; from jaxkd import main, workdir\n'
+        'import json, sys; from absl import flags; from jaxkd import main, plan, workdir\n'
         'flags.FLAGS(["headline", *sys.argv[1:]])\n'
-        'print(json.dumps(workdir.record(flags.FLAGS.config)))'
+        'config = workdir.record(flags.FLAGS.config)\n'
+        'views = plan.distil_augmentation(flags.FLAGS.config)\n'
+        'config["distil"]["augment"] = views._asdict()\n'
+        'print(json.dumps(config))'
     )
     command = [sys.executable, '-c', code, *flags]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

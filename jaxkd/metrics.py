@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import uuid
 
 from jaxkd.errors import CheckpointError, ConfigError
-from jaxkd.workdir import read_json, write_json
+from jaxkd.workdir import read_json, write_json, write_text
 
 
 class Board(Protocol):
@@ -172,15 +172,7 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _rewrite(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    aside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(aside, 'w', encoding='utf-8') as file:
-            file.writelines(json.dumps(row) + '\n' for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def _plain(key: str, value: Any) -> Any:

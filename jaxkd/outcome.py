@@ -162,8 +162,7 @@ def write_exports(
     """Writes the compact network as files that run without its code, and a record of them.
 
     A format that fails, however it does, is said and recorded: the network itself is safe by now,
-    and its report is still to be written. What a run that was
-    stopped has written is written again.
+    and its report is still to be written. What a run that was stopped has written is written again.
     """
     folder = setup.workdir / 'export'
     if not setup.config.export:

@@ -11,7 +11,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxkd import errors
+from jaxkd import errors, workdir
 from jaxkd.graph import table as tables
 from jaxkd.graph.trace import Graph
 
@@ -60,15 +60,12 @@ def save(graph: Graph, path: str | os.PathLike, title: str | None = None) -> Non
     """
     path = pathlib.Path(path)
     check(path)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        draw(graph, title).savefig(aside, format=path.suffix[1:].lower(), dpi=150)
-        aside.replace(path)
+        with workdir.written_aside(path) as aside:
+            draw(graph, title).savefig(aside, format=path.suffix[1:].lower(), dpi=150)
     except OSError as error:
         why = f'it cannot be written: {error.strerror or error}'
         raise errors.ConfigError('--plot', str(path), why=why) from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check(path: pathlib.Path) -> None:

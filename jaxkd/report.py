@@ -138,12 +138,8 @@ def plot_search(
     for axes in (shares, penalties):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with records.written_aside(path) as aside:
         figure.savefig(aside, format=path.suffix[1:], dpi=150)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def by_class(

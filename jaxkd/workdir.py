@@ -95,12 +95,18 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text, whole or not at all."""
+    with written_aside(path) as aside, open(aside, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write a file that is to be there whole or not at all; it is named at the end."""
     aside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with open(aside, 'w', encoding='utf-8') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxkd import workdir
 from jaxkd.data import decoding
 from jaxkd.data.catalogue import CATALOGUE
 from jaxkd.data.corrupt import CorruptImages
@@ -258,12 +259,11 @@ def _cached(
             return arrays
     arrays = compute()
     for path, array in zip(paths, arrays):
-        aside = path.with_name(f'.{path.name}.{os.getpid()}')
-        try:
-            with open(aside, 'wb') as file:
-                np.save(file, array)
-            os.replace(aside, path)
-        except OSError:  # a read-only folder, a full disk: nothing but time is lost
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        # A read-only folder, a full disk: nothing but time is lost.
+        with (
+            contextlib.suppress(OSError),
+            workdir.written_aside(path) as aside,
+            open(aside, 'wb') as file,
+        ):
+            np.save(file, array)
     return arrays

@@ -41,7 +41,7 @@ import jaxlib
 import numpy as np
 from scipy import optimize
 
-from jaxkd import cpu, device, errors
+from jaxkd import cpu, device, errors, workdir
 from jaxkd.graph import cost as costs
 from jaxkd.graph import cut as cutting
 from jaxkd.graph import resize, structure
@@ -252,11 +252,10 @@ class Table:
         """Adds what is new to the file, which others may have written to in the meantime."""
         if not self.new:
             return
-        aside = self.path.with_name(f'{self.path.name}.{os.getpid()}')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(self._read(quiet=True) | self.new, indent=1) + '\n')
-            aside.replace(self.path)
+            with workdir.written_aside(self.path) as aside:
+                aside.write_text(json.dumps(self._read(quiet=True) | self.new, indent=1) + '\n')
         except OSError as error:
             warnings.warn(f'{self.path} cannot be written: {error}', stacklevel=3)
 

@@ -35,7 +35,7 @@ of seed 0, though: what was tried is in benchmarks/results/tried.json.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 import functools
 import hashlib
@@ -227,7 +227,7 @@ def main() -> None:
 
 
 def make_rows(arguments: argparse.Namespace) -> None:
-    """Runs what is missing, in an order in which runs find what they share."""
+    """Runs what is missing, each row as soon as what it needs is there."""
     report: dict[str, Any] = {'rows': []}
     if arguments.out.exists():
         report = json.loads(arguments.out.read_text())
@@ -235,43 +235,58 @@ def make_rows(arguments: argparse.Namespace) -> None:
     free, lock = machine.shared_cores(arguments.jobs), threading.Lock()
     one = functools.partial(make_row, arguments, free, about['device'])
 
-    def keep(task: Task) -> None:
+    def keep(task: Task, needed: list[futures.Future]) -> None:
+        for other in needed:
+            other.result()
         if any(_same(row, arguments, task) for row in report['rows']):
             return
-        row = one(task)
+        try:
+            row = one(task)
+        except Exception as error:
+            print(f'{task.name()}: {error}', file=sys.stderr, flush=True)
+            raise
         with lock:
             report['rows'] = [old for old in report['rows'] if _key(old) != _key(row)] + [row]
             report['command'] = about['command']
             machine.write_report(arguments.out, report)
             print(json.dumps(row), flush=True)
 
+    running: dict[Task, futures.Future] = {}
     with futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for wave in waves(arguments):
-            list(pool.map(keep, wave))
+        # What a task needs was handed in before it, so that nothing waits for what cannot begin.
+        for task in tasks(arguments):
+            running[task] = pool.submit(
+                keep, task, [running[other] for other in needs(task, running)]
+            )
     for line in table(current(report['rows'])):
         print(line)
+    for row in running.values():
+        row.result()  # raises what went wrong
 
 
-def waves(arguments: argparse.Namespace) -> Iterator[list[Task]]:
-    """Tasks that need nothing of one another, after those that they need."""
-    methods, seeds = arguments.methods, range(arguments.seeds)
-    # Everything begins with a baseline.
-    yield [Task('baseline', '', seed) for seed in seeds]
+def tasks(arguments: argparse.Namespace) -> list[Task]:
+    """Baselines, what others need, and the rest in the order that was asked for."""
+    wanted = [name for name in arguments.methods if arguments.torch_python or name not in TORCH]
+    wanted.sort(key=lambda name: name != 'jaxkd')
+    found = [Task('baseline', '', seed) for seed in range(arguments.seeds)]
+    for name in wanted:
+        budgets = [''] if name in FULL else arguments.budgets
+        found += [Task(name, budget, seed) for budget in budgets for seed in range(arguments.seeds)]
+    return list(dict.fromkeys(found))
 
-    def tasks(names: Sequence[str], budgets: Sequence[str]) -> list[Task]:
-        return [
-            Task(name, budget, seed)
-            for budget in budgets
-            for seed in seeds
-            for name in names
-            if name in methods
+
+def needs(task: Task, there: Collection[Task]) -> list[Task]:
+    """Which of the tasks before it make what a task begins with, or shares."""
+    found = [Task('baseline', '', task.seed)]
+    if task.method == 'scratch':
+        found.append(task._replace(method='jaxkd'))
+    if task.method == 'uniform_kd':  # its second teacher is that of any budget
+        found += [other for other in there if (other.method, other.seed) == ('jaxkd', task.seed)][
+            :1
         ]
-
-    yield [*tasks(['jaxkd'], arguments.budgets), *tasks(['baseline_long'], [''])]
-    yield tasks([name for name in CUT if name != 'jaxkd'], arguments.budgets)
-    if arguments.torch_python:
-        # One at a time: they share a network that the first one trains.
-        yield from ([task] for task in tasks(TORCH, arguments.budgets))
+    if task.method in TORCH:  # the first of a seed trains the network of all
+        found += [other for other in there if other.method in TORCH and other.seed == task.seed][:1]
+    return [other for other in found if other in there]
 
 
 def make_row(arguments: argparse.Namespace, free: Any, device: str, task: Task) -> dict[str, Any]:

@@ -56,11 +56,14 @@ def own_cores(free: queue.Queue[list[int]]) -> Iterator[list[int]]:
 
 
 def shared_cores(jobs: int) -> queue.Queue[list[int]]:
-    """The cores of this process, dealt out to so many runs at a time."""
+    """The cores of this process, dealt out to so many runs at a time.
+
+    Where a GPU computes they compile and wait, and each may have them all.
+    """
     cores = sorted(os.sched_getaffinity(0))
     free: queue.Queue[list[int]] = queue.Queue()
     for job in range(jobs):
-        free.put(cores[job::jobs] or cores)
+        free.put(cores if shutil.which('nvidia-smi') else cores[job::jobs] or cores)
     return free
 
 

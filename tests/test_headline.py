@@ -102,15 +102,14 @@ def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path):
         seeds=2,
         torch_python='python',
     )
-    waves = list(headline.waves(arguments))
-    place = {task: number for number, wave in enumerate(waves) for task in wave}
-    assert {task.method for task in place} == set(headline.METHODS)
+    tasks = headline.tasks(arguments)
+    assert {task.method for task in tasks} == set(headline.METHODS)
     how = headline.recipe('digits', None)
-    for task in place:
-        if task.method == 'scratch':
-            assert place[task] > place[task._replace(method='jaxkd')]
-        if task.method != 'baseline':
-            assert place[task] > place[headline.Task('baseline', '', task.seed)]
+    for number, task in enumerate(tasks):
+        needed = headline.needs(task, tasks[:number])
+        assert (headline.Task('baseline', '', task.seed) in needed) == (task.method != 'baseline')
+        if task.method in ('scratch', 'uniform_kd'):
+            assert task._replace(method='jaxkd') in needed
         flags = headline.flags_of(arguments, task, how)
         known = row(*task[::2], 0.9, task.budget, flags=flags)
         assert headline._same(known, arguments, task)

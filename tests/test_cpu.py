@@ -417,9 +417,9 @@ def test_own_convolution_is_left_alone(monkeypatch):
     assert len(own) == 2 and not calls
 
 
-def test_nothing_happens_off_the_cpu_or_after_the_context(monkeypatch):
+def test_nothing_happens_on_a_tpu_or_after_the_context(monkeypatch):
     calls = record_calls(monkeypatch)
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
     with cpu.fast_convolutions():
         trace_init(Setup())
     on_cpu(monkeypatch)
@@ -427,6 +427,29 @@ def test_nothing_happens_off_the_cpu_or_after_the_context(monkeypatch):
         pass
     trace_init(Setup())
     assert not calls
+
+
+def test_a_gpu_has_its_own_forms(monkeypatch):
+    """Depthwise and 1×1 convolutions of few pixels are written anew there, in float32; others not,
+    such as strided ones of 3×3."""
+    key = jax.random.key(0)
+    pointwise, strided = nn.Conv(16, (1, 1)), nn.Conv(16, (3, 3), 2)
+    depthwise = nn.Conv(16, (3, 3), feature_group_count=16)
+
+    def anew(backend, x, dtype=jnp.float32):
+        monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+        with cpu.fast_convolutions():
+            programs = [
+                str(jax.make_jaxpr(layer.clone(dtype=dtype).init_with_output)(key, x))
+                for layer in (pointwise, depthwise, strided)
+            ]
+        return ['conv_general_dilated' not in program for program in programs]
+
+    few, many = (jnp.ones((2, size, size, 16)) for size in (14, 16))
+    assert anew('cpu', few) == anew('cpu', many) == [True, True, True]
+    assert anew('gpu', few) == [True, True, False]
+    none = [False, False, False]
+    assert anew('gpu', many) == anew('gpu', few, jnp.bfloat16) == anew('tpu', few) == none
 
 
 def test_the_field_is_restored_after_an_error(monkeypatch):

@@ -27,6 +27,10 @@ STRIDED_CHANNELS = 16
 WINOGRAD_CHANNELS, WINOGRAD_TILES = 32, 64
 # What those two may hold meanwhile: memory may be dearer than time.
 MAX_BYTES = 2**30
+# On a GPU, in float32 and with few pixels: cuDNN's kernels are many there, and each is launched by
+# itself. On an H100 a training step of MobileNetV2 with at most 14×14 pixels, batch 128, takes 4.9
+# instead of 7.5 ms. With up to 112×112 pixels in bfloat16 its kernels would take 30 instead of 15.
+GPU_FORMS, GPU_OUTPUTS = ('depthwise', 'pointwise'), 14 * 14
 
 
 def conv_general_dilated(
@@ -116,8 +120,8 @@ def conv_general_dilated(
 def fast_convolutions() -> Iterator[None]:
     """Makes every `flax.linen.Conv` called inside use this module's `conv_general_dilated`.
 
-    Only where the default backend is the CPU; elsewhere nothing changes. Parameters, their names
-    and initial values stay as they are, outputs too, to rounding. A layer which was given a
+    Only where the default backend is a CPU or a GPU. Parameters, their names and
+    initial values stay as they are, outputs too, to rounding. A layer which was given a
     `conv_general_dilated` or `conv_general_dilated_cls` of its own keeps it. Lifted modules
     (`nn.remat`, `nn.scan`, `nn.vmap`) and further interceptors, inside or around, work as before.
 
@@ -125,7 +129,7 @@ def fast_convolutions() -> Iterator[None]:
     outside this context, with arguments of the same shapes, keeps its slow convolutions, and one
     first called inside keeps its fast ones. Modules under `nn.jit` have such a cache of their own.
     """
-    if jax.default_backend() != 'cpu':
+    if jax.default_backend() not in ('cpu', 'gpu'):
         yield
         return
     with nn.intercept_methods(_use_fast_convolution):
@@ -235,7 +239,17 @@ def _fast_form(
             kind = 'winograd'
         else:
             return None
+    if not _faster(kind, dtype, math.prod(outputs)):
+        return None
     return kind, strides, pads, dilation
+
+
+def _faster(kind: str, dtype: jnp.dtype, outputs: int) -> bool:
+    """Whether the default backend runs this form faster than lax's."""
+    backend = jax.default_backend()
+    if backend == 'gpu':
+        return kind in GPU_FORMS and dtype == jnp.float32 and outputs <= GPU_OUTPUTS
+    return backend == 'cpu'
 
 
 def _rows_fit(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:

@@ -4,8 +4,8 @@
 
 PYTHON has torch and torch-pruning. The network is trained on the labels, then with the pruner's own
 sparsity term for as long as jaxkd searches, cut step by step until its cost is within the budget,
-and trained on for as long as jaxkd distils. Optimizer, schedule, moving average, batches, random
-shifts, flips and erasing are those of `jaxkd.train`.
+and trained on for as long as jaxkd distils. Optimizer, schedule and moving average are those of
+`jaxkd.train`; what is seen in each step is what jaxkd has written down (headline.write_views).
 
 `torch_pruning` is Torch-Pruning's group norm pruner with its sparse learning (Fang et al. 2023,
 DepGraph), `network_slimming` its pruner by the scales of BatchNorm (Liu et al. 2017): importance,
@@ -42,12 +42,22 @@ def main(asked: str, answer: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(settings['seed'])
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    images = dict(np.load(settings['images']).items())
-    channels, classes = images['images'].shape[-1], int(images['labels'].max()) + 1
-    example = torch.zeros(1, channels, *images['images'].shape[1:3])
+    views = pathlib.Path(settings['images'])
+    test = dict(np.load(views / 'test.npz').items())
+    height, width, channels = test['images'].shape[1:]
+    classes = int(test['labels'].max()) + 1
+    example = torch.zeros(1, channels, height, width)
     network = torch_networks.build(settings['network'], channels, classes, **settings['arguments'])
     jax_like(network)
-    stages, padding = settings['stages'], settings['padding']
+    normalized = normalizer(test, device)
+
+    def on(stage: str, **options: Any) -> nn.Module:
+        seen = [
+            np.load(views / f'{stage}-{name}.npy', mmap_mode='r') for name in ('images', 'labels')
+        ]
+        settled = settings['stages'][stage]
+        return train(network, normalized, *seen, settled, device, **options)
+
     start = time.monotonic()
     trained = pathlib.Path(settings['trained'])
     if trained.exists():
@@ -55,7 +65,7 @@ def main(asked: str, answer: str) -> None:
         network.load_state_dict(known['network'])
         spent = known['seconds']
     else:
-        network = train(network, images, stages['teacher'], padding, settings['seed'], device)
+        network = on('teacher')
         spent = time.monotonic() - start
         torch.save({'network': network.state_dict(), 'seconds': spent}, trained)
         start = time.monotonic()
@@ -83,13 +93,8 @@ def main(asked: str, answer: str) -> None:
         ignored_layers=head,
     )
     # The pruner holds on to the modules, so it is they that are trained, not their average.
-    train(
-        network,
-        images,
-        stages['search'],
-        padding,
-        settings['seed'] + 1,
-        device,
+    on(
+        'search',
         each_epoch=pruner.update_regularizer,
         each_step=lambda: pruner.regularize(network),
         average=False,
@@ -102,9 +107,9 @@ def main(asked: str, answer: str) -> None:
         if steps > STEPS:
             raise SystemExit(f'the budget {settings["budget"]} is out of reach')
     reached = cost(network, example)
-    network = train(network, images, stages['distil'], padding, settings['seed'] + 2, device)
+    network = on('distil')
     found = {
-        'accuracy': evaluate(network, images, device),
+        'accuracy': evaluate(network, normalized, test, device),
         **reached,
         'seconds': spent + time.monotonic() - start,
     }
@@ -146,7 +151,7 @@ def cost(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
     was = network.training
     network.eval()
     with torch.no_grad():
-        network(example)
+        network(example.to(next(network.parameters()).device))
     network.train(was)
     for handle in handles:
         handle.remove()
@@ -155,10 +160,10 @@ def cost(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
 def train(
     network: nn.Module,
-    images: dict[str, np.ndarray],
+    normalized: Callable[[torch.Tensor], torch.Tensor],
+    images: np.ndarray,
+    labels: np.ndarray,
     stage: dict[str, Any],
-    padding: int,
-    seed: int,
     device: str,
     *,
     each_epoch: Callable[[], object] = lambda: None,
@@ -167,31 +172,22 @@ def train(
 ) -> nn.Module:
     """Trains on the labels; the moving average of the network, or the network itself."""
     network.to(device, memory_format=torch.channels_last).train()
-    inputs = torch.from_numpy(images['images']).permute(0, 3, 1, 2).to(device)
-    labels = torch.from_numpy(images['labels']).long().to(device)
-    normalized = normalizer(images, device)
-    size, batch = len(labels), stage['batch_size']
-    per_epoch = max(1, size // batch)
-    steps = max(1, round(stage['epochs'] * per_epoch))
+    steps, per_epoch = stage['steps'], stage['steps_per_epoch']
     kernels = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() <= 1]
     groups = [{'params': kernels, 'weight_decay': stage['weight_decay']}, {'params': others}]
     optimizer = torch.optim.SGD(groups, 0.1, momentum=stage['momentum'], nesterov=True)
     averaged = copy.deepcopy(network).eval()
-    random = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if step % per_epoch == 0:
-            order = torch.randperm(size, generator=random)
             each_epoch()
-        chosen = order[(step % per_epoch) * batch :][:batch].to(device)
-        views = shifted(inputs[chosen], padding, bool(images['flip']), random)
-        views = erased(views, stage['erasing'], random)
+        views, right = (torch.from_numpy(part[step].copy()).to(device) for part in (images, labels))
         rate = learning_rate(stage, step, steps, per_epoch)
         for group in optimizer.param_groups:
             group['lr'] = rate
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(network(normalized(views)), labels[chosen]).backward()
+        logits = network(normalized(views.permute(0, 3, 1, 2)))
+        functional.cross_entropy(logits, right.long()).backward()
         each_step()
         optimizer.step()
         decay = min(stage['ema_decay'], (1 + step) / (10 + step))
@@ -213,63 +209,26 @@ def learning_rate(stage: dict[str, Any], step: int, steps: int, per_epoch: int) 
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def shifted(
-    images: torch.Tensor, padding: int, flip: bool, random: torch.Generator
-) -> torch.Tensor:
-    """Random shifts, black coming in, and flips."""
-    number, _, height, width = images.shape
-    rows, columns = torch.randint(0, 2 * padding + 1, (2, number, 1), generator=random)
-    rows, columns = rows + torch.arange(height), columns + torch.arange(width)
-    if flip:
-        flipped = torch.rand(number, 1, generator=random) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    padded = functional.pad(images, (padding,) * 4)
-    index = torch.arange(number)[:, None, None]
-    rows, columns = rows[:, :, None].to(images.device), columns[:, None, :].to(images.device)
-    moved = padded.permute(0, 2, 3, 1)[index.to(images.device), rows, columns]
-    return moved.permute(0, 3, 1, 2)
-
-
-def erased(images: torch.Tensor, probability: float, random: torch.Generator) -> torch.Tensor:
-    """Some images without a rectangle: `jaxkd.data.augmentation.random_erasing`."""
-    if not probability:
-        return images
-    number, channels, height, width = images.shape
-    size = torch.tensor([height, width])[:, None]
-    chance = torch.rand(5, number, generator=random)
-    area = height * width * (0.02 + 0.31 * chance[0])
-    ratio = torch.exp((2 * chance[1] - 1) * math.log(3.3))
-    ratio = torch.clamp(ratio, area / width**2, height**2 / area)
-    sides = torch.stack([torch.sqrt(area * ratio), torch.sqrt(area / ratio)]).round().clamp(min=1)
-    start = torch.floor(chance[2:4] * (size - sides + 1))
-    stop = start + sides * (chance[4] < probability)
-    rows, columns = (
-        (torch.arange(length) >= low[:, None]) & (torch.arange(length) < high[:, None])
-        for length, low, high in zip((height, width), start, stop, strict=True)
-    )
-    inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
-    colour = torch.randint(0, 256, (number, channels, 1, 1), generator=random)
-    return torch.where(inside, colour.to(images), images)
-
-
-def normalizer(
-    images: dict[str, np.ndarray], device: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def normalizer(test: dict[str, np.ndarray], device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes inputs of images, uint8 [n, channels, height, width], by the training part's mean and
     deviation, which are of pixels in [0, 1]."""
-    mean, std = torch.tensor(images['mean']), torch.tensor(images['std'])
+    mean, std = torch.tensor(test['mean']), torch.tensor(test['std'])
     mean, std = (value.reshape(-1, 1, 1).float().to(device) for value in (mean, std))
     return lambda views: (views.float() / 255 - mean) / std
 
 
-def evaluate(network: nn.Module, images: dict[str, np.ndarray], device: str) -> float:
+def evaluate(
+    network: nn.Module,
+    normalized: Callable[[torch.Tensor], torch.Tensor],
+    test: dict[str, np.ndarray],
+    device: str,
+) -> float:
     """Accuracy on the test part."""
     network = copy.deepcopy(network).to(device).eval()
-    normalized = normalizer(images, device)
     right = 0
-    labels = torch.from_numpy(images['test_labels']).long()
+    labels = torch.from_numpy(test['labels']).long()
     for start in range(0, len(labels), 500):
-        part = torch.from_numpy(images['test_images'][start : start + 500]).permute(0, 3, 1, 2)
+        part = torch.from_numpy(test['images'][start : start + 500]).permute(0, 3, 1, 2)
         with torch.inference_mode():
             logits = network(normalized(part.to(device)))
         right += int((logits.argmax(1).cpu() == labels[start : start + 500]).sum())

@@ -210,14 +210,8 @@ def make_train_step(
 
     def step(state, batch, teacher_variables, extra):
         images, labels = _gather(batch, split)
-        view_key, dropout_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), state.step)
-        )
-        views = data.augment(
-            view_key, images, padding=preprocessing.padding, flip=preprocessing.flip
-        )
-        # 0 and 1 would be the keys that `augment` splits its own into.
-        views, share = data.vary(jax.random.fold_in(view_key, 2), views, preprocessing.augmentation)
+        view_key, dropout_key = _keys(seed, state.step)
+        views, share = _views(view_key, images, preprocessing)
         # Of a mixed image what its two halves show, and how much of it the first one is.
         shown = (labels,) if share is None else (labels, data.partners(labels), share)
 
@@ -281,6 +275,36 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(layout or everywhere, everywhere))
+
+
+def training_views(
+    seed: int, step: jax.Array, images: jax.Array, preprocessing: Preprocessing
+) -> tuple[jax.Array, jax.Array | None]:
+    """What a step shows the networks of a batch's images, before they are normalized.
+
+    Args:
+      seed: that of the step; see `make_train_step`.
+      step: int32 [], steps done.
+      images: uint8 [batch, height, width, channels].
+      preprocessing: what is done to them.
+
+    Returns:
+      See `jaxkd.data.vary`.
+    """
+    return _views(_keys(seed, step)[0], images, preprocessing)
+
+
+def _keys(seed: int, step: jax.Array) -> jax.Array:
+    """Of views, and of dropout."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _views(
+    key: jax.Array, images: jax.Array, preprocessing: Preprocessing
+) -> tuple[jax.Array, jax.Array | None]:
+    views = data.augment(key, images, padding=preprocessing.padding, flip=preprocessing.flip)
+    # 0 and 1 would be the keys that `augment` splits its own into.
+    return data.vary(jax.random.fold_in(key, 2), views, preprocessing.augmentation)
 
 
 def _of_logits(loss: Loss) -> Objective:

@@ -4,9 +4,13 @@ import argparse
 import importlib.util
 import json
 import pathlib
+import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from jaxkd import data
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
 
@@ -74,7 +78,12 @@ def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
     readme = tmp_path / 'README.md'
     marks = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
     first = {'what': 'as it is', 'seed': 0, 'compact': 0.9, 'epochs': 100, 'changed': []}
-    then = first | {'what': 'more', 'compact': 0.91, 'changed': ['--config.a=1', '--config.b=2']}
+    then = first | {
+        'what': 'more',
+        'compact': 0.91,
+        'unseen': 0.905,
+        'changed': ['--config.a=1', '--config.b=2'],
+    }
     (tmp_path / 'tried.json').write_text(json.dumps({'rows': [first, then]}))
     readme.write_text(f'before\n{marks[0]}\nold\n{marks[1]}\nafter\n')
     for _ in range(2):  # what is there is replaced
@@ -85,7 +94,10 @@ def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
         text.count('| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 77 | 3 |')
         == 1
     )
-    assert '| more | `a=1 b=2` | 100 | 91.00 | +1.00 |\n| as it is |  | 100 | 90.00 |  |' in text
+    assert (
+        '| more | `a=1 b=2` | 100 | 91.00 | +1.00 | 90.50 |\n| as it is |  | 100 | 90.00 |  |  |'
+        in text
+    )
     assert (tmp_path / 'headline-mobilenet_v2-digits-all.svg').exists()
     readme.write_text('no marks')
     with pytest.raises(SystemExit, match='needs the lines'):
@@ -142,3 +154,28 @@ def test_all_methods_train_as_long(headline, data, labels):
         if fields.get('distil.init') == 'scratch' and method != 'uniform_kd':
             spent = distil  # the others have made the structure, or nothing
         assert spent == pytest.approx(how.total, abs=2 * headline.NONE), method
+
+
+def test_others_are_shown_what_a_run_sees(tmp_path):
+    """Without shifts and flips: the images themselves, each with its label, in batches."""
+    flags = [
+        '--config=configs/mbv2.py:digits',
+        '--config.data.padding=0',
+        '--config.data.labels=90',
+    ]
+    flags += [f'--config.{stage}.batch_size=32' for stage in ('teacher', 'search', 'distil')]
+    flags += ['--config.data.validation=0.1', '--config.distil.augment.erasing=1.0']
+    flags += ['--config.teacher.epochs=2', '--config.search.epochs=1', '--config.distil.epochs=1']
+    command = [sys.executable, str(BENCHMARKS / 'headline.py'), f'--views={tmp_path}/views', *flags]
+    subprocess.run(command, check=True, cwd=BENCHMARKS.parent)
+    known = data.load('digits', 'train', seed=0, labels=90, validation=0.1)
+    label = {image.tobytes(): label for image, label in zip(known.images, known.labels)}
+    images, labels = (np.load(tmp_path / f'views/teacher-{of}.npy') for of in ('images', 'labels'))
+    assert labels.shape == (2 * (81 // 32), 32)
+    assert [label[image.tobytes()] for image in images.reshape(-1, 8, 8, 1)] == [*labels.flat]
+    assert len({image.tobytes() for image in images[:2].reshape(-1, 8, 8, 1)}) == 64
+    erased = np.load(tmp_path / 'views/distil-images.npy')
+    np.testing.assert_array_equal(labels[:2], np.load(tmp_path / 'views/distil-labels.npy'))
+    assert (erased != images[:2]).any((2, 3, 4)).mean() > 0.9
+    settings = json.loads((tmp_path / 'views/config.json').read_text())['teacher']
+    assert (settings['steps'], settings['steps_per_epoch']) == (4, 2)

@@ -271,9 +271,8 @@ def make_rows(arguments: argparse.Namespace) -> None:
     with futures.ThreadPoolExecutor(arguments.jobs) as pool:
         # What a task needs was handed in before it, so that nothing waits for what cannot begin.
         for task in tasks(arguments):
-            running[task] = pool.submit(
-                keep, task, [running[other] for other in needs(task, running)]
-            )
+            needed = [running[other] for other in needs(task, running)]
+            running[task] = pool.submit(keep, task, needed)
     for line in table(current(report['rows'])):
         print(line)
     for row in running.values():
@@ -294,14 +293,16 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
 def needs(task: Task, there: Collection[Task]) -> list[Task]:
     """Which of the tasks before it make what a task begins with, or shares."""
     found = [Task('baseline', '', task.seed)]
+
+    def first(*methods: str) -> list[Task]:
+        return [other for other in there if other.method in methods and other.seed == task.seed][:1]
+
     if task.method == 'scratch':
         found.append(task._replace(method='jaxkd'))
     if task.method == 'uniform_kd':  # its second teacher is that of any budget
-        found += [other for other in there if (other.method, other.seed) == ('jaxkd', task.seed)][
-            :1
-        ]
-    if task.method in TORCH:  # the first of a seed trains the network of all
-        found += [other for other in there if other.method in TORCH and other.seed == task.seed][:1]
+        found += first('jaxkd')
+    if task.method in TORCH:  # one trains the network of all
+        found += first(*TORCH)
     return [other for other in found if other in there]
 
 

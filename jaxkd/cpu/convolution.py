@@ -1,4 +1,4 @@
-"""`jax.lax.conv_general_dilated` in the form that XLA:CPU runs fastest."""
+"""`jax.lax.conv_general_dilated` in the form that XLA runs fastest on a CPU, or on a GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -46,13 +46,14 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, in another form where XLA:CPU runs that faster.
+    """`jax.lax.conv_general_dilated`, in another form where XLA runs that faster.
 
     Depthwise convolutions (one input channel per group, any channel multiplier, stride, padding and
     kernel dilation), 1×1 convolutions and those of one group with strides or few outputs, of
     floats in channels-last layout, have such a form; 3×3 convolutions of one group, stride one and
-    many channels in float32 or float64, too. Everything else is handed to lax. Works under
-    jit, vmap, checkpoint and reverse-mode differentiation, of higher order too (`jax.jvp` of
+    many channels in float32 or float64, too. On a GPU the first two have it, in float32 and with
+    few outputs. Everything else, and all on other backends, is handed to lax. Works under jit,
+    vmap, checkpoint and reverse-mode differentiation, of higher order too (`jax.jvp` of
     `jax.grad` included). The fast forms have no forward-mode derivative of their own (`jax.jvp`,
     `jax.jacfwd`), because their gradients are written by hand.
 
@@ -120,10 +121,10 @@ def conv_general_dilated(
 def fast_convolutions() -> Iterator[None]:
     """Makes every `flax.linen.Conv` called inside use this module's `conv_general_dilated`.
 
-    Only where the default backend is a CPU or a GPU. Parameters, their names and
-    initial values stay as they are, outputs too, to rounding. A layer which was given a
-    `conv_general_dilated` or `conv_general_dilated_cls` of its own keeps it. Lifted modules
-    (`nn.remat`, `nn.scan`, `nn.vmap`) and further interceptors, inside or around, work as before.
+    Only where the default backend is a CPU or a GPU. Parameters, their names and initial values
+    stay as they are, outputs too, to rounding. A layer which was given a `conv_general_dilated` or
+    `conv_general_dilated_cls` of its own keeps it. Lifted modules (`nn.remat`, `nn.scan`,
+    `nn.vmap`) and further interceptors, inside or around, work as before.
 
     What counts is where a function is traced: a `jax.jit`-compiled function that was first called
     outside this context, with arguments of the same shapes, keeps its slow convolutions, and one

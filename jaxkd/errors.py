@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import difflib
+import math
+import numbers
 import os
 from typing import Any
 
@@ -119,6 +121,12 @@ class Stopped(JaxkdError):
 
     def __str__(self) -> str:
         return self.what
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number, of Python or of NumPy."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def words(error: BaseException) -> str:

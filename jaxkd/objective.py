@@ -35,14 +35,14 @@ _NOT_NEGATIVE = 'it must be a number ≥ 0'
 _SHARE = 'it must be a share of the stage in [0, 1]'
 # What is right for a setting, whatever loss it is of, and what to say of others.
 _RIGHT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    'weight': (lambda x: _is_number(x) and x >= 0, _NOT_NEGATIVE),
-    'warmup': (lambda x: _is_number(x) and 0 <= x <= 1, _SHARE),
-    'decay': (lambda x: _is_number(x) and 0 <= x <= 1, _SHARE),
-    'alpha': (lambda x: _is_number(x) and x >= 0, _NOT_NEGATIVE),
-    'beta': (lambda x: _is_number(x) and x >= 0, _NOT_NEGATIVE),
-    'gamma': (lambda x: _is_number(x) and x >= 0, _NOT_NEGATIVE),
-    'temperature': (lambda x: _is_number(x) and x > 0, 'it must be a number > 0'),
-    'power': (lambda x: _is_number(x) and x >= 1, 'it must be a number ≥ 1'),
+    'weight': (lambda x: errors.is_number(x) and x >= 0, _NOT_NEGATIVE),
+    'warmup': (lambda x: errors.is_number(x) and 0 <= x <= 1, _SHARE),
+    'decay': (lambda x: errors.is_number(x) and 0 <= x <= 1, _SHARE),
+    'alpha': (lambda x: errors.is_number(x) and x >= 0, _NOT_NEGATIVE),
+    'beta': (lambda x: errors.is_number(x) and x >= 0, _NOT_NEGATIVE),
+    'gamma': (lambda x: errors.is_number(x) and x >= 0, _NOT_NEGATIVE),
+    'temperature': (lambda x: errors.is_number(x) and x > 0, 'it must be a number > 0'),
+    'power': (lambda x: errors.is_number(x) and x >= 1, 'it must be a number ≥ 1'),
     'standardized': (lambda x: isinstance(x, bool), 'it must be True or False'),
     'features': (lambda x: isinstance(x, str), "it must be a pattern, such as 'block1[0-9]$'"),
 }
@@ -258,7 +258,3 @@ def _matching(
         why = f'it matches no feature that this loss can be of; {there}'
         raise errors.ConfigError(f'{field}.features', pattern, why=why)
     return matching
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

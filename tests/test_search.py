@@ -279,7 +279,14 @@ def test_what_cannot_be_asked(chain):
         blocks.resolve(graph, [('one', {'strenght': 2.0})])
     with pytest.raises(errors.ConfigError, match='more than max_keep'):
         blocks.resolve(graph, [('one', {'min_keep': 3, 'max_keep': 2})])
-    for wrong in (0, -0.5, 'half', True, np.nan, np.float32(np.nan), np.bool_(True)):
+    for wrong in (np.nan, np.inf, 'much', True, -1.0):
+        with pytest.raises(errors.ConfigError, match='it must be a number ≥ 0'):
+            blocks.resolve(graph, [('one', {'strength': wrong})])
+    with pytest.raises(errors.ConfigError, match='a float is a share'):
+        blocks.resolve(graph, [('one', {'min_keep': np.float32(3)})])
+    for same in (0.5, np.float32(0.5), 2, np.int64(2)):
+        assert blocks.resolve(graph, [('one', {'min_keep': same})])['one'].least == 2
+    for wrong in (0, -0.5, 'half', True, np.nan, np.inf, np.float32(np.nan), np.bool_(True)):
         with pytest.raises(errors.ConfigError, match='budget.flops'):
             selecting.select(graph, scores, flops=wrong)
     for number in (np.float32(0.5), np.float16(0.5), np.int64(20)):

@@ -204,12 +204,12 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> None:
             if not isinstance(value, Mapping):
                 why = "it must be a dict of resources, such as {'flops': 0.5}"
                 raise errors.ConfigError(f'{field}.budget', value, why=why)
-        elif not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        elif not errors.is_number(value) or value < 0:
             raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
         elif name in ('start', 'end'):
             if value > 1:
                 raise errors.ConfigError(f'{field}.{name}', value, why='it is a share in [0, 1]')
-        elif isinstance(value, float) and value > 1 and name != 'strength':
+        elif not isinstance(value, numbers.Integral) and value > 1 and name != 'strength':
             raise errors.ConfigError(
                 f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
             )
@@ -222,7 +222,8 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> None:
 
 
 def _count(value: float, size: int) -> int:
-    number = int(np.ceil(value * size - 1e-9)) if isinstance(value, float) else value
+    share = not isinstance(value, numbers.Integral)
+    number = int(np.ceil(value * size - 1e-9)) if share else int(value)
     return min(max(number, 1), size)
 
 
@@ -350,7 +351,7 @@ def _check_budget(field: str, graph: Graph, resource: str, asked: Any) -> None:
 
 
 def _check_number(field: str, asked: Any) -> None:
-    if isinstance(asked, bool) or not isinstance(asked, numbers.Real) or not asked > 0:
+    if not errors.is_number(asked) or asked <= 0:
         raise errors.ConfigError(
             field,
             asked,

@@ -3,14 +3,14 @@
     python benchmarks/headline.py [--data fashion_mnist] [--labels 5000] [--seeds 3] [--jobs 2]
         [--methods jaxkd l1 …] [--budgets flops:0.5 flops:0.5,params:0.192 …]
         [--torch-python PYTHON]
-    python benchmarks/headline.py --readme README.md
+    python benchmarks/headline.py --pages README.md docs/headline.md
     python benchmarks/headline.py --unseen WORKDIR
 
 The first makes the rows that benchmarks/results/headline.json lacks, and goes on where it was
-stopped; the second makes the README's table and pictures of the rows that there are. PYTHON has
-torch and torch-pruning; without it their rows are left out. Fashion-MNIST has to be prepared (see
-the README) in $TFDS_DATA_DIR or its default place. The third is for trying recipes: the accuracy of
-a run with few labels on the training images that it has not drawn.
+stopped; the second fills tables and pictures into pages of Markdown, of the rows that there are.
+PYTHON has torch and torch-pruning; without it their rows are left out. All data sets but digits
+have to be prepared (see docs/data.md) in $TFDS_DATA_DIR or its default place. The third is for
+trying recipes: the accuracy of a run with few labels on the training images that it has not drawn.
 
 All methods of a seed see the same images, varied in the same way, in the same batches, with the
 same optimizer and moving average, and altogether for as many epochs: those of jaxkd's teachers,
@@ -46,6 +46,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import statistics
 import sys
@@ -55,6 +56,7 @@ from typing import Any, NamedTuple
 import machine
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
+PRESETS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / 'configs' / 'mbv2.py'))
 NETWORKS = {
     'mobilenet_v2': [],  # as the data set's preset has it
     'resnet20': ['--config.model.name=resnet20', '--config.model.arguments={}'],
@@ -77,6 +79,10 @@ COLUMNS = (
 )
 # Of the search where there is nothing to search: one step.
 NONE = 0.001
+# Between a line and another with the same name, pages have what the rows say.
+MARKED = re.compile(
+    r'(<!-- (\S+): made by benchmarks/headline\.py -->\n).*?(<!-- \2: end -->)', re.DOTALL
+)
 
 
 class Recipe(NamedTuple):
@@ -104,10 +110,12 @@ class Recipe(NamedTuple):
 
 
 def recipe(data: str, labels: int | None) -> Recipe:
-    if data == 'digits':
-        return Recipe(30, 12, 35, 0.05)
-    if labels is None:
-        return Recipe(16, 4, 12, 0.05)
+    """The preset's lengths, and for few labels of a larger data set what was found for them."""
+    if labels is None or data == 'digits':
+        preset = PRESETS['get_config'](data)
+        epochs = [preset[stage].epochs for stage in ('teacher', 'search', 'distil')]
+        whole = [int(number) if number.is_integer() else number for number in epochs]
+        return Recipe(*whole, preset.teacher.learning_rate)
     shared = {'weight_decay': 2e-3, 'ema_decay': 0.99, 'warmup_epochs': 2.0}
     flags = [
         f'--config.{stage}.{field}={value}'
@@ -189,6 +197,7 @@ FULL = {
 }
 TORCH = ('torch_pruning', 'network_slimming')
 TORCH_NETWORKS = ('mobilenet_v2',)
+STREAMED = ('imagenet',)
 METHODS = (*FULL, *CUT, *TORCH)
 
 
@@ -210,7 +219,7 @@ class Task(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--network', choices=NETWORKS, default='mobilenet_v2')
-    parser.add_argument('--data', choices=('digits', 'fashion_mnist'), default='fashion_mnist')
+    parser.add_argument('--data', choices=PRESETS['PRESETS'], default='fashion_mnist')
     parser.add_argument('--labels', type=int, help='training images; default: all')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--budgets', nargs='+', default=list(BUDGETS))
@@ -219,7 +228,9 @@ def main() -> None:
     parser.add_argument('--torch-python', help='a python that has torch and torch-pruning')
     parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/headline'))
     parser.add_argument('--out', type=pathlib.Path, default=RESULTS / 'headline.json')
-    parser.add_argument('--readme', type=pathlib.Path, help='write table and pictures, run nothing')
+    parser.add_argument(
+        '--pages', nargs='+', type=pathlib.Path, help='fill in tables and pictures, run nothing'
+    )
     parser.add_argument('--unseen', type=pathlib.Path, help='a workdir of python -m jaxkd.main')
     parser.add_argument('--full', type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument('--views', type=pathlib.Path, help=argparse.SUPPRESS)
@@ -236,8 +247,10 @@ def main() -> None:
         parser.error(
             f'--torch-python: there is no {arguments.network} in benchmarks/torch_networks.py'
         )
-    elif arguments.readme:
-        write_readme(arguments.readme, current(json.loads(arguments.out.read_text())['rows']))
+    elif arguments.torch_python and arguments.data in STREAMED:
+        parser.error(f'--torch-python: {arguments.data} is too large to be written view by view')
+    elif arguments.pages:
+        write_pages(arguments.pages, current(json.loads(arguments.out.read_text())['rows']))
     else:
         make_rows(arguments)
 
@@ -273,8 +286,8 @@ def make_rows(arguments: argparse.Namespace) -> None:
         for task in tasks(arguments):
             needed = [running[other] for other in needs(task, running)]
             running[task] = pool.submit(keep, task, needed)
-    for line in table(current(report['rows'])):
-        print(line)
+    for lines in tables(current(report['rows'])).values():
+        print(*lines, sep='\n')
     for row in running.values():
         row.result()  # raises what went wrong
 
@@ -589,13 +602,14 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def comparisons(
     summary: list[dict[str, Any]],
-) -> Iterator[tuple[tuple[str, str, int | None], list[dict[str, Any]], dict[str, Any]]]:
-    """Network, data set and labels; what there is of them; and their baseline."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
+    """Name; what there is of a network, a data set and so many labels; and their baseline."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in summary:
-        groups.setdefault((row['network'], row['data'], row['labels']), []).append(row)
-    for words, mine in groups.items():
-        yield words, mine, next(row for row in mine if row['method'] == 'baseline')
+        name = '-'.join(str(row[key] or 'all') for key in ('network', 'data', 'labels'))
+        groups.setdefault(f'headline-{name}', []).append(row)
+    for name, mine in groups.items():
+        yield name, mine, next(row for row in mine if row['method'] == 'baseline')
 
 
 def _interval(gains: list[float]) -> float | None:
@@ -608,13 +622,18 @@ def _interval(gains: list[float]) -> float | None:
     return float(quantile * statistics.stdev(gains) / len(gains) ** 0.5)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown, a table for each network and data set; best first at each budget."""
-    lines: list[str] = []
-    for (network, data, labels), mine, full in comparisons(summarize(rows)):
-        images = 'all training images' if labels is None else f'{labels:,} training images'
-        lines += [
-            f'{network}, {data}, {images}:',
+def caption(full: dict[str, Any]) -> str:
+    """Of a comparison, by its baseline."""
+    images = 'all' if full['labels'] is None else f'{full["labels"]:,}'
+    return f'{full["network"]}, {full["data"]}, {images} training images'
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Markdown for each comparison, by name; best first at each budget."""
+    found = {}
+    for name, mine, full in comparisons(summarize(rows)):
+        lines = [
+            f'{caption(full)}:',
             '',
             f'| {" | ".join(COLUMNS)} |',
             '| --- ' * len(COLUMNS) + '|',
@@ -639,20 +658,20 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                     str(row['seeds']),
                 ]
                 lines.append(f'| {" | ".join(cells)} |')
-        lines.append('')
-    return lines
+        found[name] = [*lines, '']
+    return found
 
 
-def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Accuracy against FLOPs and against parameters: a picture for each network and data set."""
+def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Accuracy against FLOPs and against parameters: a picture for each comparison, by name."""
     import matplotlib
 
     matplotlib.use('svg')
     matplotlib.rcParams['svg.hashsalt'] = 'headline'  # the same rows make the same file
     from matplotlib import pyplot
 
-    paths = []
-    for words, mine, full in comparisons(summarize(rows)):
+    paths = {}
+    for title, mine, full in comparisons(summarize(rows)):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
         names = [name for name in METHODS if any(row['method'] == name for row in mine)]
         for index, name in enumerate(names):
@@ -678,10 +697,9 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]
             axis.spines[['top', 'right']].set_visible(False)
         axes[0].set_ylabel('test accuracy, %')
         figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right', frameon=False)
-        figure.suptitle(f'{words[0]}, {words[1]}, {words[2] or "all"} training images')
-        name = '-'.join(str(word or 'all') for word in words)
-        paths.append(folder / f'headline-{name}.svg')
-        figure.savefig(paths[-1], metadata={'Date': None})
+        figure.suptitle(caption(full))
+        paths[title] = folder / f'{title}.svg'
+        figure.savefig(paths[title], metadata={'Date': None})
         pyplot.close(figure)
     return paths
 
@@ -711,25 +729,36 @@ def tried_table(tried: dict[str, Any]) -> list[str]:
     return [*lines, '']
 
 
-def write_readme(readme: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Puts the tables and the pictures between the two marks in a README."""
-    begin, end = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
-    text = readme.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f'{readme} needs the lines {begin} and {end}')
+def write_pages(pages: list[pathlib.Path], rows: list[dict[str, Any]]) -> None:
+    """Fills what the rows say between the marks in the pages, each of which names what it has."""
     pictures = draw(rows, RESULTS)
-    here = [os.path.relpath(path, readme.parent) for path in pictures]
-    tried = json.loads((RESULTS / 'tried.json').read_text())
-    lines = [
-        *(f'![accuracy against cost]({path})' for path in here),
-        '',
-        *table(rows),
-        *tried_table(tried),
-    ]
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    readme.write_text(f'{before}{begin}\n\n' + '\n'.join([*lines, f'{end}{after}']))
-    print(f'wrote {readme} and {len(pictures)} pictures')
+    blocks = tables(rows) | {'tried': tried_table(json.loads((RESULTS / 'tried.json').read_text()))}
+    for page in pages:
+        fill = functools.partial(_fill, page, pictures, blocks)
+        text, marks = MARKED.subn(fill, page.read_text())
+        if not marks:
+            raise SystemExit(
+                f'{page} needs the lines <!-- NAME: made by benchmarks/headline.py --> and '
+                f'<!-- NAME: end -->, NAME one of {", ".join(blocks)}'
+            )
+        page.write_text(text)
+        print(f'wrote {page}')
+
+
+def _fill(
+    page: pathlib.Path,
+    pictures: dict[str, pathlib.Path],
+    blocks: dict[str, list[str]],
+    mark: re.Match[str],
+) -> str:
+    begin, name, end = mark.groups()
+    if name not in blocks:
+        raise SystemExit(f'{page}: there is no {name}, but {", ".join(blocks)}')
+    lines = blocks[name]
+    if name in pictures:
+        picture = os.path.relpath(pictures[name], page.parent)
+        lines = [f'![accuracy against cost]({picture})', '', *lines]
+    return '\n'.join([begin, *lines, end])
 
 
 if __name__ == '__main__':

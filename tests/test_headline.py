@@ -73,10 +73,12 @@ def test_rows_of_an_earlier_recipe_are_left_out(headline):
     assert headline.current(rows) == rows[:1]
 
 
-def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
+def test_pages_are_filled_between_the_marks_that_name_what_they_have(
+    headline, tmp_path, monkeypatch
+):
     monkeypatch.setattr(headline, 'RESULTS', tmp_path)
-    readme = tmp_path / 'README.md'
-    marks = '<!-- headline: made by benchmarks/headline.py -->', '<!-- headline: end -->'
+    mark = '<!-- {}: made by benchmarks/headline.py -->\nold\n<!-- {}: end -->'.format
+    digits = 'headline-mobilenet_v2-digits-all'
     first = {'what': 'as it is', 'seed': 0, 'compact': 0.9, 'epochs': 100, 'changed': []}
     then = first | {
         'what': 'more',
@@ -85,29 +87,34 @@ def test_readme_is_written_between_the_marks(headline, tmp_path, monkeypatch):
         'changed': ['--config.a=1', '--config.b=2'],
     }
     (tmp_path / 'tried.json').write_text(json.dumps({'rows': [first, then]}))
-    readme.write_text(f'before\n{marks[0]}\nold\n{marks[1]}\nafter\n')
+    (tmp_path / 'docs').mkdir()
+    readme, page = tmp_path / 'README.md', tmp_path / 'docs/page.md'
+    readme.write_text(f'before\n{mark(digits, digits)}\nafter\n')
+    page.write_text(f'{mark("tried", "tried")}\nbetween\n{mark(digits, digits)}')
     for _ in range(2):  # what is there is replaced
-        headline.write_readme(readme, ROWS)
+        headline.write_pages([readme, page], ROWS)
     text = readme.read_text()
     assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
-    assert (
-        text.count('| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 77 | 3 |')
-        == 1
-    )
-    assert (
-        '| more | `a=1 b=2` | 100 | 91.00 | +1.00 | 90.50 |\n| as it is |  | 100 | 90.00 |  |  |'
-        in text
-    )
-    assert (tmp_path / 'headline-mobilenet_v2-digits-all.svg').exists()
+    row = '| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 77 | 3 |'
+    assert text.count(row) == 1
+    assert f'({digits}.svg)' in text and (tmp_path / f'{digits}.svg').exists()
+    tried, own = page.read_text().split('\nbetween\n')
+    rows = '| more | `a=1 b=2` | 100 | 91.00 | +1.00 | 90.50 |\n| as it is |  | 100 | 90.00 |  |  |'
+    assert rows in tried and row not in tried
+    assert row in own and f'(../{digits}.svg)' in own
     readme.write_text('no marks')
-    with pytest.raises(SystemExit, match='needs the lines'):
-        headline.write_readme(readme, ROWS)
+    with pytest.raises(SystemExit, match=f'NAME one of {digits}, tried'):
+        headline.write_pages([readme], ROWS)
+    readme.write_text(mark('headline-x', 'headline-x'))
+    with pytest.raises(SystemExit, match='there is no headline-x, but'):
+        headline.write_pages([readme], ROWS)
 
 
-def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path):
+@pytest.mark.parametrize('name', ['digits', 'cifar10', 'imagenet'])
+def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path, name):
     arguments = argparse.Namespace(
         network='mobilenet_v2',
-        data='digits',
+        data=name,
         labels=None,
         methods=list(headline.METHODS),
         budgets=['flops:0.5'],
@@ -116,14 +123,14 @@ def test_rows_are_made_once_and_what_they_share_comes_first(headline, tmp_path):
     )
     tasks = headline.tasks(arguments)
     assert {task.method for task in tasks} == set(headline.METHODS)
-    how = headline.recipe('digits', None)
+    how = headline.recipe(name, None)
     for number, task in enumerate(tasks):
         needed = headline.needs(task, tasks[:number])
         assert (headline.Task('baseline', '', task.seed) in needed) == (task.method != 'baseline')
         if task.method in ('scratch', 'uniform_kd'):
             assert task._replace(method='jaxkd') in needed
         flags = headline.flags_of(arguments, task, how)
-        known = row(*task[::2], 0.9, task.budget, flags=flags)
+        known = row(*task[::2], 0.9, task.budget, flags=flags, data=name)
         assert headline._same(known, arguments, task)
         assert not headline._same(known | {'flags': flags[1:]}, arguments, task)
     # All of a seed begin with the baseline's teacher, and with the others that there are.

@@ -357,6 +357,28 @@ def test_select_rounds():
         selecting.select(graph, scores, round_to=0)
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), least=st.integers(1, 20))
+def test_what_is_within_the_budget_can_be_held_in_multiples(seed, least):
+    """A search leaves any number of units open: rounding them up would cost more than it may."""
+    graph, _ = _wide()
+    rng = np.random.default_rng(seed)
+    scores = {g.name: rng.uniform(0, 1, g.size) for g in graph.groups if not g.frozen}
+    limits = selecting.rounded(graph, blocks.resolve(graph, min_keep=least), 8)
+    alive = graph.keep_all()
+    for name in scores:
+        assert limits[name].least == min(-(-least // 8) * 8, len(alive[name]))
+        number = rng.integers(limits[name].least, len(alive[name]) + 1)
+        alive[name] = np.arange(len(alive[name])) < number
+    flops = graph.cost(alive).flops  # not a unit more
+    keep = selecting.select(graph, scores, flops=flops, round_to=8, min_keep=least, held=alive)
+    assert graph.cost(keep).flops <= flops
+    for name in scores:
+        number = keep[name].sum()
+        assert number % 8 == 0 or number == len(keep[name])
+        assert number > alive[name].sum() - 8
+
+
 def test_a_block_keeps_its_own_budget(chain):
     """b's layer costs A·B and no more than half of 24; the rest is free."""
     graph, _ = chain

@@ -85,7 +85,7 @@ def course(
     return Course(
         graph,
         found,
-        blocking.resolve(graph, blocks, min_keep),
+        selecting.rounded(graph, blocking.resolve(graph, blocks, min_keep), round_to),
         blocking.budgets(graph, blocks, **budget),
         rates,
         down,

@@ -87,7 +87,8 @@ def select(
       round_to: every group keeps a multiple of so many channels, or all; 8 suits the lanes of TPUs
         and GPUs.
       min_keep: of the groups to which no block gives another: a float is a share.
-      held: groups keep at least as many units as here.
+      held: groups keep at least as many units as here, or the next number below that the rounding
+        allows: whatever is within the budgets can be held.
 
     Returns:
       The keep: at most the budget, and near it: within the cost of a few units. Of a residual
@@ -173,6 +174,28 @@ def checked(field: str, score: np.ndarray, size: int) -> np.ndarray:
     return score
 
 
+def rounded(
+    graph: Graph, limits: Mapping[str, blocking.Limits], round_to: int
+) -> dict[str, blocking.Limits]:
+    """Limits whose least numbers are such as a group may keep."""
+    check_round_to(round_to)
+    return {
+        name: dataclasses.replace(
+            limit, least=int(_allowed(graph.by_name[name], limit, round_to)[0])
+        )
+        if limit.least
+        else limit
+        for name, limit in limits.items()
+    }
+
+
+def _allowed(group: ChannelGroup, limit: blocking.Limits, round_to: int) -> np.ndarray:
+    """How many units the group may keep, unless it goes whole: int [levels], rising."""
+    numbers = np.arange(limit.least or limit.some, limit.most + 1)
+    multiples = numbers[(numbers % step(group, round_to) == 0) | (numbers == group.size)]
+    return multiples if len(multiples) else numbers[-1:]  # limits between two multiples
+
+
 def _pose(
     graph: Graph,
     scores: Mapping[str, np.ndarray],
@@ -190,8 +213,11 @@ def _pose(
     check_round_to(round_to)
     limits = blocking.resolve(graph, blocks, min_keep)
     for name, units in (held or {}).items():
-        least = max(limits[name].least, int(units.sum()))
-        limits[name] = dataclasses.replace(limits[name], least=least)
+        # The multiple below, so that what is held costs no more than it does.
+        numbers = _allowed(graph.by_name[name], limits[name], round_to)
+        below = numbers[numbers <= units.sum()]
+        if len(below):
+            limits[name] = dataclasses.replace(limits[name], least=int(below[-1]))
     best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
     problem = _problem(graph, scores, best, limits, budgets, round_to)
     least_levels = np.zeros(len(best), int)
@@ -232,10 +258,7 @@ def _problem(
         if group.frozen or group.name not in scores:
             allowed = np.array([group.size])
         else:
-            numbers = np.arange(limit.least or limit.some, limit.most + 1)
-            allowed = numbers[(numbers % step(group, round_to) == 0) | (numbers == group.size)]
-            if not len(allowed):  # limits between two multiples
-                allowed = numbers[-1:]
+            allowed = _allowed(group, limit, round_to)
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)
         score = score[best[group.name]][: allowed[-1]]
         gain = np.add.reduceat(score, [0, *allowed[:-1]])

@@ -20,7 +20,7 @@ import warnings
 import jax
 import numpy as np
 
-from jaxkd import command, cpu, device, errors, export, mode
+from jaxkd import command, cpu, device, errors, export, mode, workdir
 from jaxkd.graph import latency, structure
 from jaxkd.graph import table as tables
 from jaxkd.graph.structure import CompactModel
@@ -196,10 +196,11 @@ def _networks(
 def _xla(
     network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
-    run = jax.jit(export.network(network, apply_kwargs, cpu.fast_convolutions))
-    # As arguments: constants would be folded into the program.
-    placed = jax.device_put(network.variables)
-    return lambda: jax.block_until_ready(run(placed, *inputs))
+    run = export.network(network, apply_kwargs, cpu.fast_convolutions)
+    # The variables are in the program, as in a file: to hand in hundreds of arrays takes as long as
+    # a small network does.
+    whole = jax.jit(functools.partial(run, jax.device_put(network.variables)))
+    return lambda: jax.block_until_ready(whole(*inputs))
 
 
 def _file(
@@ -384,7 +385,8 @@ def _run(flags: argparse.Namespace) -> None:
     if nodes:
         print(layer_table(nodes, flags.layers))
     if flags.out:
-        flags.out.write_text(json.dumps(record(rows, len(cores), nodes), indent=2) + '\n')
+        found = {'command': workdir.command(), **record(rows, len(cores), nodes)}
+        flags.out.write_text(json.dumps(found, indent=2) + '\n')
         print(f'wrote {flags.out}')
 
 

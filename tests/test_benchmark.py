@@ -18,6 +18,7 @@ def test_both_networks_are_timed(folder, capsys):
     said = capsys.readouterr().out
     assert 'known   compact  XLA' in said and 'wrote found.json' in said
     found = json.loads((folder / 'found.json').read_text())
+    assert found['command'].startswith('python ')
     assert found['threads'] >= 1
     rows = [row for row in found['rows'] if row['runtime'] == 'XLA']
     words = [(row['network'], row['batch']) for row in rows]

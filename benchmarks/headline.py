@@ -257,10 +257,11 @@ def main() -> None:
 
 def make_rows(arguments: argparse.Namespace) -> None:
     """Runs what is missing, each row as soon as what it needs is there."""
-    report: dict[str, Any] = {'rows': []}
+    report: dict[str, Any] = {'commands': {}, 'rows': []}
     if arguments.out.exists():
         report = json.loads(arguments.out.read_text())
     about = machine.about()
+    command = about['command'].replace(arguments.torch_python or 'PYTHON', 'PYTHON')
     free, lock = machine.shared_cores(arguments.jobs), threading.Lock()
     one = functools.partial(make_row, arguments, free, about['device'])
 
@@ -276,7 +277,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
             raise
         with lock:
             report['rows'] = [old for old in report['rows'] if _key(old) != _key(row)] + [row]
-            report['command'] = about['command']
+            report['commands'][_words(arguments)] = command
             machine.write_report(arguments.out, report)
             print(json.dumps(row), flush=True)
 

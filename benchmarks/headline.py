@@ -607,8 +607,8 @@ def comparisons(
     """Name; what there is of a network, a data set and so many labels; and their baseline."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in summary:
-        name = '-'.join(str(row[key] or 'all') for key in ('network', 'data', 'labels'))
-        groups.setdefault(f'headline-{name}', []).append(row)
+        name = f'headline-{_words(argparse.Namespace(**row))}'
+        groups.setdefault(name, []).append(row)
     for name, mine in groups.items():
         yield name, mine, next(row for row in mine if row['method'] == 'baseline')
 

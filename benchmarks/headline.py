@@ -18,21 +18,7 @@ search and distillation. The epochs of a second teacher go into training on wher
 
 Accuracies are on the test part, which no run looks at before its end. The first recipes were chosen
 by that of seed 0, though, the later ones by unseen training images: what was tried is in
-benchmarks/results/tried.json.
-
-| method           | the epochs of teachers / search / distillation are spent on                |
-| ---------------- | -------------------------------------------------------------------------- |
-| baseline         | the full network once / – / – (the first teacher of all)                   |
-| baseline_long    | the full network, all of them                                              |
-| jaxkd            | the full network, each / search under the teachers / distillation          |
-| uniform          | a network as narrow everywhere, from new weights, all of them              |
-| uniform_kd       | the full network, each / the narrow one from new weights, taught by them   |
-| l1, fpgm         | the full network / cut at once by this criterion and trained on            |
-| group_taylor     | likewise                                                                   |
-| morphnet         | the full network / gates without a teacher / trained on without one        |
-| scratch          | the structure that jaxkd found, from new weights, all of them              |
-| torch_pruning    | Torch-Pruning's group norm pruner: trained / made sparse, cut / trained on |
-| network_slimming | Torch-Pruning's pruner by scales of BatchNorm, likewise                    |
+benchmarks/results/tried.json. What each method spends its epochs on is in docs/headline.md.
 """
 
 from __future__ import annotations
@@ -56,7 +42,7 @@ from typing import Any, NamedTuple
 import machine
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
-PRESETS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / 'configs' / 'mbv2.py'))
+CONFIG = runpy.run_path(str(pathlib.Path(__file__).parents[1] / 'configs' / 'mbv2.py'))
 NETWORKS = {
     'mobilenet_v2': [],  # as the data set's preset has it
     'resnet20': ['--config.model.name=resnet20', '--config.model.arguments={}'],
@@ -112,8 +98,9 @@ class Recipe(NamedTuple):
 def recipe(data: str, labels: int | None) -> Recipe:
     """The preset's lengths, and for few labels of a larger data set what was found for them."""
     if labels is None or data == 'digits':
-        preset = PRESETS['get_config'](data)
+        preset = CONFIG['get_config'](data)
         epochs = [preset[stage].epochs for stage in ('teacher', 'search', 'distil')]
+        # As flags have them, by which rows are compared: 30 and not 30.0.
         whole = [int(number) if number.is_integer() else number for number in epochs]
         return Recipe(*whole, preset.teacher.learning_rate)
     shared = {'weight_decay': 2e-3, 'ema_decay': 0.99, 'warmup_epochs': 2.0}
@@ -219,7 +206,7 @@ class Task(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--network', choices=NETWORKS, default='mobilenet_v2')
-    parser.add_argument('--data', choices=PRESETS['PRESETS'], default='fashion_mnist')
+    parser.add_argument('--data', choices=CONFIG['PRESETS'], default='fashion_mnist')
     parser.add_argument('--labels', type=int, help='training images; default: all')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--budgets', nargs='+', default=list(BUDGETS))
@@ -260,8 +247,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
     report: dict[str, Any] = {'commands': {}, 'rows': []}
     if arguments.out.exists():
         report = json.loads(arguments.out.read_text())
-    about = machine.about()
-    command = about['command'].replace(arguments.torch_python or 'PYTHON', 'PYTHON')
+    about = machine.about(arguments.torch_python)
     free, lock = machine.shared_cores(arguments.jobs), threading.Lock()
     one = functools.partial(make_row, arguments, free, about['device'])
 
@@ -277,7 +263,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
             raise
         with lock:
             report['rows'] = [old for old in report['rows'] if _key(old) != _key(row)] + [row]
-            report['commands'][_words(arguments)] = command
+            report['commands'][_words(arguments)] = about['command']
             machine.write_report(arguments.out, report)
             print(json.dumps(row), flush=True)
 
@@ -563,8 +549,8 @@ def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those made as they would be made now: of two recipes there is no comparison."""
 
     def made_now(row: dict[str, Any]) -> bool:
-        about = argparse.Namespace(**{key: row[key] for key in ('network', 'data', 'labels')})
-        return _same(row, about, Task(row['method'], row['budget'], row['seed']))
+        task = Task(row['method'], row['budget'], row['seed'])
+        return _same(row, argparse.Namespace(**row), task)
 
     return [row for row in rows if made_now(row)]
 

@@ -28,10 +28,14 @@ def describe_device() -> str:
     return ', '.join([*gpus, name, f'{len(os.sched_getaffinity(0))} cores'])
 
 
-def about() -> dict[str, str]:
-    """What a report begins with: how, when and where it was made."""
+def about(torch_python: str | None = None) -> dict[str, str]:
+    """What a report begins with: how, when and where it was made.
+
+    The path of an interpreter with torch says nothing to anybody else: PYTHON stands for it.
+    """
+    command = ' '.join(['python', *sys.argv])
     return {
-        'command': ' '.join(['python', *sys.argv]),
+        'command': command.replace(torch_python, 'PYTHON') if torch_python else command,
         'date': time.strftime('%Y-%m-%d'),
         'device': describe_device(),
     }

@@ -122,7 +122,7 @@ def main() -> None:
         serve_torch(CASES[arguments.torch_worker], arguments)
         return
     report: dict[str, Any] = {
-        **machine.about(),
+        **machine.about(arguments.torch_python),
         'batch': arguments.batch,
         'dtype': arguments.dtype,
         'repeats': arguments.repeats,
@@ -131,8 +131,6 @@ def main() -> None:
         'load_average_before': os.getloadavg()[0],
         'cases': {},
     }
-    # The interpreter's path says nothing to anybody else.
-    report['command'] = report['command'].replace(arguments.torch_python, 'PYTHON')
     for name in arguments.cases:
         with torch_process(name, arguments) as ready:
             report['cases'][name] = measure_case(CASES[name], ready, arguments, report['versions'])

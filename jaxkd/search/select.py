@@ -178,7 +178,6 @@ def rounded(
     graph: Graph, limits: Mapping[str, blocking.Limits], round_to: int
 ) -> dict[str, blocking.Limits]:
     """Limits whose least numbers are such as a group may keep."""
-    check_round_to(round_to)
     return {
         name: dataclasses.replace(
             limit, least=int(_allowed(graph.by_name[name], limit, round_to)[0])

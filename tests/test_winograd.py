@@ -85,14 +85,16 @@ def uses_winograd(x, kernel, strides=(1, 1), **options):
 
 @pytest.mark.parametrize('channels', [(32, 40), (40, 32)])
 def test_used_where_it_is_faster(channels):
-    x, kernel = normal(2, 12, 11, channels[0]), normal(3, 3, *channels, seed=1)
+    x, kernel = normal(48, 12, 11, channels[0]), normal(3, 3, *channels, seed=1)
     assert uses_winograd(x, kernel)
     assert_same_as_lax(x, kernel, (1, 1), 'SAME', dimension_numbers=NUMBERS)
     assert not uses_winograd(x, kernel, (2, 2))
     assert not uses_winograd(x, kernel, rhs_dilation=(2, 2))
     assert not uses_winograd(x[..., :31], kernel[..., :31, :])
     assert not uses_winograd(x, kernel[:, :2])
-    assert not uses_winograd(x[:1], kernel), 'few tiles'
+    assert not uses_winograd(x[:24], kernel), 'little work'
+    few = jax.ShapeDtypeStruct((1, 12, 11, 512), jnp.float32)
+    assert not uses_winograd(few, jax.ShapeDtypeStruct((3, 3, 512, 512), jnp.float32)), 'few tiles'
     assert not uses_winograd(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     huge = jax.ShapeDtypeStruct((2**16, 64, 64, channels[0]), jnp.float32)
     assert not uses_winograd(huge, kernel), 'memory'

@@ -22,9 +22,11 @@ FEW_OUTPUTS = 4
 # the three channels of an image, which have no gradient.
 STRIDED_CHANNELS = 16
 # Winograd's transforms cost as much a channel however many there are, and the products cost less
-# the fewer there are. On two cores, forward and backward, batch 32, its time is 1.3 of lax's with
-# 16 channels (32×32 pixels), 0.9 to 1.1 with 32 or 64 and few pixels, 0.5 from 128 on.
-WINOGRAD_CHANNELS, WINOGRAD_TILES = 32, 64
+# the fewer there are. On two cores, forward and backward, batch 64, its time is 1.5 to 2 of lax's
+# with 16 channels; with 32, 1.2 for up to 8×8 pixels, 0.8 for 16×16 and 0.3 for 32×32; from 64 on,
+# 0.4 to 0.65, and less for many pixels. A layer of it takes 1.5 s more to compile: with fewer
+# multiply-adds than WINOGRAD_WORK no more than 2 ms a step are saved, and a short run ends later.
+WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_WORK = 32, 64, 2**26
 # What those two may hold meanwhile: memory may be dearer than time.
 MAX_BYTES = 2**30
 # On a GPU, in float32 and with few pixels: cuDNN's kernels are many there, and each is launched by
@@ -236,7 +238,11 @@ def _fast_form(
         strided = max(strides) > 1 and channels >= STRIDED_CHANNELS
         if math.prod(outputs) <= FEW_OUTPUTS or (strided and _rows_fit(lhs, rhs, outputs)):
             kind = 'product'
-        elif kernel == (3, 3) and max(strides + dilation) == 1 and _worth_winograd(lhs, rhs, pads):
+        elif (
+            kernel == (3, 3)
+            and max(strides + dilation) == 1
+            and _worth_winograd(lhs, rhs, outputs, pads)
+        ):
             kind = 'winograd'
         else:
             return None
@@ -258,12 +264,15 @@ def _rows_fit(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:
     return isinstance(lhs.shape[0], int) and lhs.shape[0] * seen <= MAX_BYTES
 
 
-def _worth_winograd(lhs: jax.Array, rhs: jax.Array, pads: winograd.Pads) -> bool:
+def _worth_winograd(
+    lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int], pads: winograd.Pads
+) -> bool:
     if not isinstance(lhs.shape[0], int) or jnp.finfo(lhs.dtype).bits < 32:
         return False
     tiles = winograd.num_tiles(lhs.shape, pads)
     return (
         min(rhs.shape[-2:]) >= WINOGRAD_CHANNELS
         and tiles >= WINOGRAD_TILES
+        and lhs.shape[0] * math.prod(outputs) * rhs.size >= WINOGRAD_WORK
         and 16 * tiles * max(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
     )

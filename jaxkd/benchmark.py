@@ -184,7 +184,7 @@ def _networks(
     apply_kwargs = {**mode.arguments(module, train=False), **apply_kwargs}
     inputs = export.random_inputs(small, batch_size)
     try:
-        init = jax.jit(functools.partial(module.init, **apply_kwargs))
+        init = device.jit_once(functools.partial(module.init, **apply_kwargs))
         variables = init(jax.random.key(0), *inputs)
     except Exception as error:
         why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'

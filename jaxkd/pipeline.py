@@ -27,6 +27,7 @@ import numpy as np
 from jaxkd import (
     checkpoint,
     data,
+    device,
     distill,
     errors,
     features,
@@ -221,7 +222,7 @@ def learn_teacher(setup: loop.Setup, plan: planning.Plan, stage: str = 'teacher'
     """
     start = plan.weights
     if start is None or setup.config.teacher.fresh is not None:
-        init = jax.jit(planning.init(plan.model, plan.graph.inputs[0]))
+        init = device.jit_once(planning.init(plan.model, plan.graph.inputs[0]))
         new = init(jax.random.key(setup.config.seed))
         new, there = map(traverse_util.flatten_dict, (new, start or {}))
         start = traverse_util.unflatten_dict(new | there)
@@ -501,7 +502,7 @@ def distil(
     _tell_parameters(setup, 'student', small.variables)
     start = small.variables
     if config.init == 'scratch':
-        init = jax.jit(planning.init(small.module, plan.graph.inputs[0]))
+        init = device.jit_once(planning.init(small.module, plan.graph.inputs[0]))
         start = init(jax.random.fold_in(jax.random.key(setup.config.seed), 1))
     if config.recalibrate:
         start = train.recalibrate(

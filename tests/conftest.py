@@ -1,6 +1,7 @@
 """Compact networks on disk, for what works with them."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -8,6 +9,11 @@ import pytest
 
 import jaxkd
 from jaxkd import models
+
+# Most time goes into compiling programs that then run a few times: less of that, here and in the
+# commands that tests start. .ci/run runs the README's main job with all of it.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+jax.config.update('jax_disable_most_optimizations', True)
 
 MODULE = """
 from flax import linen as nn
@@ -22,6 +28,14 @@ class Net(nn.Module):
         x = nn.relu(nn.Conv(64, (3, 3), name='second')(x))
         return nn.Dense(5, name='head')(x.mean((1, 2)))
 """
+
+
+@pytest.fixture
+def optimized():
+    """For a test of many steps in XLA's own convolutions, some of which become loops."""
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

@@ -332,7 +332,6 @@ def test_a_run_on_a_folder_killed_and_resumed(flowers, tmp_path):
     environment = os.environ | {
         'PYTHONPATH': str(ROOT),
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',  # compiles in half the time
     }
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300

@@ -181,7 +181,7 @@ def test_a_loop_of_ones_own_finds_the_same(teacher):
     nets.assert_same(params, result.variables['params'], 1e-3)
 
 
-def test_cutting_while_searching_changes_nothing(teacher, capsys):
+def test_cutting_while_searching_changes_nothing(teacher, capsys, optimized):
     """The same curve with and without cutting, and no jump where channels go."""
     graph = jaxkd.trace(MODEL, teacher, IMAGES, train=False)
     fixed = next(batches(seed=2))

@@ -24,21 +24,20 @@ benchmarks/results/tried.json. What each method spends its epochs on is in docs/
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent import futures
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import runpy
 import shutil
-import statistics
 import sys
 import threading
 from typing import Any, NamedTuple
 
+import comparison
 import machine
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -53,22 +52,8 @@ NETWORKS = {
     'densenet_bc_100_12': ['--config.model.name=densenet_bc_100_12', '--config.model.arguments={}'],
 }
 BUDGETS = ('flops:0.5', 'params:0.192', 'flops:0.5,params:0.192', 'flops:0.25')
-COLUMNS = (
-    'budget',
-    'method',
-    'accuracy, %',
-    'beside the baseline',
-    'FLOPs',
-    'params',
-    'epochs',
-    'seeds',
-)
 # Of the search where there is nothing to search: one step.
 NONE = 0.001
-# Between a line and another with the same name, pages have what the rows say.
-MARKED = re.compile(
-    r'(<!-- (\S+): made by benchmarks/headline\.py -->\n).*?(<!-- \2: end -->)', re.DOTALL
-)
 
 
 class Recipe(NamedTuple):
@@ -237,7 +222,8 @@ def main() -> None:
     elif arguments.torch_python and arguments.data in STREAMED:
         parser.error(f'--torch-python: {arguments.data} is too large to be written view by view')
     elif arguments.pages:
-        write_pages(arguments.pages, current(json.loads(arguments.out.read_text())['rows']))
+        rows = current(json.loads(arguments.out.read_text())['rows'])
+        comparison.write_pages(arguments.pages, rows, RESULTS)
     else:
         make_rows(arguments)
 
@@ -263,7 +249,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
             raise
         with lock:
             report['rows'] = [old for old in report['rows'] if _key(old) != _key(row)] + [row]
-            report['commands'][_words(arguments)] = about['command']
+            report['commands'][comparison.words(vars(arguments))] = about['command']
             machine.write_report(arguments.out, report)
             print(json.dumps(row), flush=True)
 
@@ -273,7 +259,7 @@ def make_rows(arguments: argparse.Namespace) -> None:
         for task in tasks(arguments):
             needed = [running[other] for other in needs(task, running)]
             running[task] = pool.submit(keep, task, needed)
-    for lines in tables(current(report['rows'])).values():
+    for lines in comparison.tables(current(report['rows'])).values():
         print(*lines, sep='\n')
     for row in running.values():
         row.result()  # raises what went wrong
@@ -309,7 +295,7 @@ def needs(task: Task, there: Collection[Task]) -> list[Task]:
 def make_row(arguments: argparse.Namespace, free: Any, device: str, task: Task) -> dict[str, Any]:
     """Runs a task to its end."""
     how = recipe(arguments.data, arguments.labels)
-    runs = arguments.workdir / _words(arguments)
+    runs = arguments.workdir / comparison.words(vars(arguments))
     folder = runs / task.name()
     share(runs, task)
     environment = machine.compile_once(arguments.workdir / 'cache')
@@ -524,10 +510,6 @@ def _digest(flags: list[str]) -> str:
     return hashlib.sha256('\n'.join(flags).encode()).hexdigest()[:12]
 
 
-def _words(arguments: argparse.Namespace) -> str:
-    return f'{arguments.network}-{arguments.data}-{arguments.labels or "all"}'
-
-
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in ('network', 'data', 'labels', 'method', 'budget', 'seed'))
 
@@ -553,199 +535,6 @@ def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return _same(row, argparse.Namespace(**row), task)
 
     return [row for row in rows if made_now(row)]
-
-
-def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and spread over the seeds, and the gain over the baselines of the same seeds."""
-    summary = []
-    keys = ('network', 'data', 'labels', 'budget', 'method')
-    groups = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
-    for group in groups:
-        mine = {row['seed']: row for row in rows if tuple(row[key] for key in keys) == group}
-        base = {
-            row['seed']: row['accuracy']
-            for row in rows
-            if tuple(row[key] for key in keys) == (*group[:3], '', 'baseline')
-        }
-        gains = [row['accuracy'] - base[seed] for seed, row in mine.items() if seed in base]
-        accuracies = [row['accuracy'] for row in mine.values()]
-        summary.append(
-            {
-                **dict(zip(keys, group, strict=True)),
-                'seeds': len(mine),
-                'accuracy': statistics.mean(accuracies),
-                'spread': statistics.stdev(accuracies) if len(mine) > 1 else None,
-                'gain': statistics.mean(gains) if gains else None,
-                'interval': _interval(gains),
-                **{
-                    name: statistics.mean(row[name] for row in mine.values())
-                    for name in ('flops', 'params', 'epochs', 'seconds')
-                },
-                'device': ' / '.join(sorted({row['device'] for row in mine.values()})),
-            }
-        )
-    return summary
-
-
-def comparisons(
-    summary: list[dict[str, Any]],
-) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
-    """Name; what there is of a network, a data set and so many labels; and their baseline."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in summary:
-        name = f'headline-{_words(argparse.Namespace(**row))}'
-        groups.setdefault(name, []).append(row)
-    for name, mine in groups.items():
-        yield name, mine, next(row for row in mine if row['method'] == 'baseline')
-
-
-def _interval(gains: list[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t."""
-    from scipy import stats
-
-    if len(gains) < 2:
-        return None
-    quantile = stats.t.ppf(0.975, len(gains) - 1)
-    return float(quantile * statistics.stdev(gains) / len(gains) ** 0.5)
-
-
-def caption(full: dict[str, Any]) -> str:
-    """Of a comparison, by its baseline."""
-    images = 'all' if full['labels'] is None else f'{full["labels"]:,}'
-    return f'{full["network"]}, {full["data"]}, {images} training images'
-
-
-def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Markdown for each comparison, by name; best first at each budget."""
-    found = {}
-    for name, mine, full in comparisons(summarize(rows)):
-        lines = [
-            f'{caption(full)}:',
-            '',
-            f'| {" | ".join(COLUMNS)} |',
-            '| --- ' * len(COLUMNS) + '|',
-        ]
-        for budget in sorted({row['budget'] for row in mine}):
-            there = [row for row in mine if row['budget'] == budget]
-            for row in sorted(there, key=lambda row: -row['accuracy']):
-                spread = '' if row['spread'] is None else f' ± {100 * row["spread"]:.2f}'
-                gain = ''
-                if row is not full and row['gain'] is not None:
-                    gain = f'{100 * row["gain"]:+.2f}'
-                    if row['interval'] is not None:
-                        gain += f' ± {100 * row["interval"]:.2f}'
-                shares = [f'{row[cost] / full[cost]:.3f}' for cost in ('flops', 'params')]
-                cells = [
-                    budget or 'none',
-                    row['method'],
-                    f'{100 * row["accuracy"]:.2f}{spread}',
-                    gain,
-                    *shares,
-                    f'{row["epochs"]:g}',
-                    str(row['seeds']),
-                ]
-                lines.append(f'| {" | ".join(cells)} |')
-        found[name] = [*lines, '']
-    return found
-
-
-def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Accuracy against FLOPs and against parameters: a picture for each comparison, by name."""
-    import matplotlib
-
-    matplotlib.use('svg')
-    matplotlib.rcParams['svg.hashsalt'] = 'headline'  # the same rows make the same file
-    from matplotlib import pyplot
-
-    paths = {}
-    for title, mine, full in comparisons(summarize(rows)):
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
-        names = [name for name in METHODS if any(row['method'] == name for row in mine)]
-        for index, name in enumerate(names):
-            own = name == 'jaxkd'
-            # At the same cost they would hide one another.
-            aside = 0.006 * (index - len(names) / 2)
-            points = [row for row in mine if row['method'] == name]
-            for axis, cost in zip(axes, ('flops', 'params'), strict=True):
-                axis.errorbar(
-                    [row[cost] / full[cost] + aside for row in points],
-                    [100 * row['accuracy'] for row in points],
-                    [100 * (row['spread'] or 0) for row in points],
-                    fmt='o' if own or name in FULL else '.',
-                    color='#d1495b' if own else f'C{index % 10}' if name not in FULL else '#2b2b2b',
-                    mfc='white' if name == 'baseline_long' else None,
-                    zorder=3 if own else 2,
-                    capsize=2,
-                    label=name,
-                )
-        for axis, cost in zip(axes, ('multiply-adds', 'parameters'), strict=True):
-            axis.axhline(100 * full['accuracy'], color='#b9b9b9', lw=1, zorder=1)
-            axis.set_xlabel(f'{cost}, share of the full network')
-            axis.spines[['top', 'right']].set_visible(False)
-        axes[0].set_ylabel('test accuracy, %')
-        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right', frameon=False)
-        figure.suptitle(caption(full))
-        paths[title] = folder / f'{title}.svg'
-        figure.savefig(paths[title], metadata={'Date': None})
-        pyplot.close(figure)
-    return paths
-
-
-def tried_table(tried: dict[str, Any]) -> list[str]:
-    """Markdown: what was tried for jaxkd's row, beside the same seed as it was."""
-    as_it_was = {row['seed']: row['compact'] for row in tried['rows'] if not row['changed']}
-    lines = [
-        'Tried at half of the multiply-adds with 5,000 images, one seed each',
-        '(`benchmarks/results/tried.json`):',
-        '',
-        '| what | flags | epochs | accuracy, % | beside it as it was | unseen training images, % |',
-        '| --- | --- | --- | --- | --- | --- |',
-    ]
-    for row in sorted(tried['rows'], key=lambda row: -row['compact']):
-        flags = ' '.join(flag.removeprefix('--config.') for flag in row['changed'])
-        gain = 100 * (row['compact'] - as_it_was[row['seed']])
-        cells = [
-            row['what'],
-            f'`{flags}`' if flags else '',
-            f'{row["epochs"]:g}',
-            f'{100 * row["compact"]:.2f}',
-            f'{gain:+.2f}' if row['changed'] else '',
-            f'{100 * row["unseen"]:.2f}' if 'unseen' in row else '',
-        ]
-        lines.append(f'| {" | ".join(cells)} |')
-    return [*lines, '']
-
-
-def write_pages(pages: list[pathlib.Path], rows: list[dict[str, Any]]) -> None:
-    """Fills what the rows say between the marks in the pages, each of which names what it has."""
-    pictures = draw(rows, RESULTS)
-    blocks = tables(rows) | {'tried': tried_table(json.loads((RESULTS / 'tried.json').read_text()))}
-    for page in pages:
-        fill = functools.partial(_fill, page, pictures, blocks)
-        text, marks = MARKED.subn(fill, page.read_text())
-        if not marks:
-            raise SystemExit(
-                f'{page} needs the lines <!-- NAME: made by benchmarks/headline.py --> and '
-                f'<!-- NAME: end -->, NAME one of {", ".join(blocks)}'
-            )
-        page.write_text(text)
-        print(f'wrote {page}')
-
-
-def _fill(
-    page: pathlib.Path,
-    pictures: dict[str, pathlib.Path],
-    blocks: dict[str, list[str]],
-    mark: re.Match[str],
-) -> str:
-    begin, name, end = mark.groups()
-    if name not in blocks:
-        raise SystemExit(f'{page}: there is no {name}, but {", ".join(blocks)}')
-    lines = blocks[name]
-    if name in pictures:
-        picture = os.path.relpath(pictures[name], page.parent)
-        lines = [f'![accuracy against cost]({picture})', '', *lines]
-    return '\n'.join([begin, *lines, end])
 
 
 if __name__ == '__main__':

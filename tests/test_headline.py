@@ -1,6 +1,7 @@
 """benchmarks/headline.py: what runs share, what is run again, and the arithmetic of its table."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import pathlib
@@ -54,7 +55,7 @@ ROWS = [
 
 def test_gains_are_paired_by_seed(headline):
     """Gains 2, 1 and 3 points: mean 2, deviation 1; t(0.975, 2) = 4.3027, over √3: 2.484."""
-    base, own, peer = headline.summarize(ROWS)
+    base, own, peer = headline.comparison.summarize(ROWS)
     assert (base['gain'], base['interval']) == (0, 0)
     assert own['gain'] == pytest.approx(0.02)
     assert own['interval'] == pytest.approx(0.02484, abs=1e-5)
@@ -73,10 +74,8 @@ def test_rows_of_an_earlier_recipe_are_left_out(headline):
     assert headline.current(rows) == rows[:1]
 
 
-def test_pages_are_filled_between_the_marks_that_name_what_they_have(
-    headline, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(headline, 'RESULTS', tmp_path)
+def test_pages_are_filled_between_the_marks_that_name_what_they_have(headline, tmp_path):
+    write = functools.partial(headline.comparison.write_pages, rows=ROWS, results=tmp_path)
     mark = '<!-- {}: made by benchmarks/headline.py -->\nold\n<!-- {}: end -->'.format
     digits = 'headline-mobilenet_v2-digits-all'
     first = {'what': 'as it is', 'seed': 0, 'compact': 0.9, 'epochs': 100, 'changed': []}
@@ -92,7 +91,7 @@ def test_pages_are_filled_between_the_marks_that_name_what_they_have(
     readme.write_text(f'before\n{mark(digits, digits)}\nafter\n')
     page.write_text(f'{mark("tried", "tried")}\nbetween\n{mark(digits, digits)}')
     for _ in range(2):  # what is there is replaced
-        headline.write_pages([readme, page], ROWS)
+        write([readme, page])
     text = readme.read_text()
     assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
     row = '| flops:0.5 | jaxkd | 93.00 ± 1.00 | +2.00 ± 2.48 | 0.500 | 1.000 | 77 | 3 |'
@@ -104,10 +103,10 @@ def test_pages_are_filled_between_the_marks_that_name_what_they_have(
     assert row in own and f'(../{digits}.svg)' in own
     readme.write_text('no marks')
     with pytest.raises(SystemExit, match=f'NAME one of {digits}, tried'):
-        headline.write_pages([readme], ROWS)
+        write([readme])
     readme.write_text(mark('headline-x', 'headline-x'))
     with pytest.raises(SystemExit, match='there is no headline-x, but'):
-        headline.write_pages([readme], ROWS)
+        write([readme])
 
 
 @pytest.mark.parametrize('name', ['digits', 'cifar10', 'imagenet'])

@@ -133,8 +133,12 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.
     matplotlib.rcParams['svg.hashsalt'] = 'headline'  # the same rows make the same file
     from matplotlib import pyplot
 
-    paths = {}
-    for title, mine, full in comparisons(summarize(rows)):
+    summary, paths = summarize(rows), {}
+    # The same colour in all pictures; red is jaxkd's, and grey the baseline's.
+    peers = sorted({row['method'] for row in summary if row['budget']} - {'jaxkd'})
+    shades = [n for n in (*range(0, 20, 2), *range(1, 20, 2)) if n // 2 not in (3, 7)]
+    colors = dict(zip(peers, pyplot.get_cmap('tab20')(shades), strict=False)) | {'jaxkd': '#d1495b'}
+    for title, mine, full in comparisons(summary):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout='constrained')
         names = sorted({(row['budget'] != '', row['method']) for row in mine})
         for index, (cut, name) in enumerate(names):
@@ -148,7 +152,7 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.
                     [100 * row['accuracy'] for row in points],
                     [100 * (row['spread'] or 0) for row in points],
                     fmt='.' if cut and not own else 'o',
-                    color='#d1495b' if own else f'C{index % 10}' if cut else '#2b2b2b',
+                    color=colors.get(name, '#2b2b2b'),
                     mfc='white' if name == 'baseline_long' else None,
                     zorder=3 if own else 2,
                     capsize=2,

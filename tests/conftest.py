@@ -1,4 +1,4 @@
-"""Compact networks on disk, for what works with them."""
+"""How much XLA optimizes in tests; compact networks on disk, for what works with them."""
 
 import functools
 import os

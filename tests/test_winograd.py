@@ -85,7 +85,7 @@ def uses_winograd(x, kernel, strides=(1, 1), **options):
 
 @pytest.mark.parametrize('channels', [(32, 40), (40, 32)])
 def test_used_where_it_is_faster(channels):
-    x, kernel = normal(48, 12, 11, channels[0]), normal(3, 3, *channels, seed=1)
+    x, kernel = normal(64, 12, 11, channels[0]), normal(3, 3, *channels, seed=1)
     assert uses_winograd(x, kernel)
     assert_same_as_lax(x, kernel, (1, 1), 'SAME', dimension_numbers=NUMBERS)
     assert not uses_winograd(x, kernel, (2, 2))

@@ -277,6 +277,8 @@ class Ties:
             bounds = [part.bound for part in b if part.bound]
             if bounds:
                 self.freeze(a, why._replace(reason=INPUT) if INPUT in bounds else why)
+                if BATCH in bounds:  # which no cost counts
+                    return b
             elif summed:
                 self.reduce(a, why)
             return a

@@ -300,6 +300,8 @@ def _squeeze(context: Context, eqn: Any, x: Array) -> list[Array]:
 def _reshape(context: Context, eqn: Any, x: Array, *dynamic: Array) -> list[Array]:
     del dynamic
     shape = eqn.params['new_sizes']
+    if eqn.params['dimensions'] is not None:  # transposed first, as `nn.vmap` has it
+        x = tuple(x[i] for i in eqn.params['dimensions'])
     if math.prod(shape) == 0:
         return [_reshape_nothing(x, shape)]
     if math.prod(shape) == 1:
@@ -461,17 +463,13 @@ def _unstack(context: Context, eqn: Any, x: Array) -> list[Array]:
 
 def _tile(context: Context, eqn: Any, x: Array) -> list[Array]:
     """Copies of an axis side by side: all copies of a channel go with it."""
-    why = context.why(eqn, '')
+    del context
     result = []
     for axis, copies in zip(x, eqn.params['reps'], strict=True):
         if copies == 1:
             result.append(axis)
-        elif names.size(axis) > 1:
-            result.append((Part(copies), *axis))
-        else:
-            vector = context.ties.flat(axis, why)
-            same = Part(copies, None if vector is None else np.repeat(vector, copies))
-            result.append((same,))
+        else:  # an axis of one position is broadcast
+            result.append((Part(copies), *(axis if names.size(axis) > 1 else ())))
     return [tuple(result)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -15,7 +16,7 @@ import numpy as np
 from jaxkd import errors
 from jaxkd.graph import constants, rules, structure
 from jaxkd.graph import precise as precision
-from jaxkd.graph.trace import Graph, Keep, outputs_of, plain
+from jaxkd.graph.trace import Graph, Keep, key_string, outputs_of, path_string, plain
 
 # Largest difference of masked and compact outputs, as a share of the largest masked output, that
 # float32 rounding explains: sums of some thousand terms in another order, over a hundred layers.
@@ -213,7 +214,12 @@ def rehearse(graph: Graph, gone: Collection[str] = (), *, seed: int = 0) -> None
 def random_arguments(graph: Graph, seed: int) -> tuple[Any, Any]:
     """Variables and inputs of the full network; two examples say as much as a large batch."""
     random = np.random.default_rng(seed)
-    variables = jax.tree.map(lambda leaf: random_leaf(random, leaf), graph.variables)
+    variables = {
+        collection: jax.tree.map(functools.partial(random_leaf, random), tree)
+        if collection == 'params'
+        else jax.tree.map(functools.partial(_random_statistic, random), tree)
+        for collection, tree in graph.variables.items()
+    }
     outputs = graph.program.out_avals[: graph.outputs]
     leading = {leaf.shape[:1] for leaf in (*jax.tree.leaves(graph.inputs), *outputs)}
     few = 2 if len(leading) == 1 else None  # what is not batched throughout stays as it is
@@ -270,6 +276,8 @@ def _difference(graph: Graph, keep: Keep, seed: int, derived: Derived, precise: 
             pool.submit(derived, variables, inputs, precise),
         )
         masked, compacted = (run.result() for run in runs)
+    if not precise and not all(np.isfinite(a).all() for a in masked):
+        return np.inf  # half precision may overflow
     if not all(np.isfinite(a).all() for a in masked) or not any(a.any() for a in masked):
         raise errors.GraphError(
             f'on random variables and inputs, the outputs of {type(graph.model).__name__} are zero '
@@ -316,12 +324,18 @@ def _run(
 def random_leaf(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """Kernels that keep the scale of what runs through; vectors clear of zero, so that a removed
     channel's bias or statistics would show."""
+    vector = math.prod(leaf.shape) == max(leaf.shape, default=1)  # [1, 1, 1, channels] is one, too
+    if vector or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return _random_statistic(random, leaf)
+    inputs = max(math.prod(leaf.shape[:-1]), 1)  # there are none where a branch has gone
+    return (random.standard_normal(leaf.shape) * np.sqrt(2 / inputs)).astype(leaf.dtype)
+
+
+def _random_statistic(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Positive, as a variance is."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return np.zeros(leaf.shape, leaf.dtype)
-    if len(leaf.shape) < 2:
-        return random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
-    inputs = max(int(np.prod(leaf.shape[:-1])), 1)  # there are none where a branch has gone
-    return (random.standard_normal(leaf.shape) * np.sqrt(2 / inputs)).astype(leaf.dtype)
+    return random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
 
 def _random_input(
@@ -333,16 +347,11 @@ def _random_input(
     if jnp.issubdtype(leaf.dtype, jnp.integer):  # pixels; indices of what has two rows at least
         pixels = leaf.dtype == np.uint8
         return random.integers(256 if pixels else 2, size=shape).astype(leaf.dtype)
+    if leaf.dtype == np.bool_:  # a mask that hides all would leave nothing to compare
+        return np.ones(shape, leaf.dtype)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return np.zeros(shape, leaf.dtype)
     return random.standard_normal(shape).astype(leaf.dtype)
-
-
-def _key(entry: Any) -> str:
-    for attribute in ('key', 'name', 'idx'):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
 
 
 def alive(graph: Graph, keep: Keep) -> dict[str, dict[int, np.ndarray]]:
@@ -395,12 +404,12 @@ def _change(
     def visit(path, leaf, *parts):
         if path and path[-1] == jax.tree_util.GetAttrKey('value'):
             path = path[:-1]  # the box of nn.with_partitioning
-        found = find([_key(entry) for entry in path])
+        found = find([key_string(entry) for entry in path])
         if found is None or not masks[found] or np.ndim(leaf) == 0:
             return (leaf, *parts)[-1]
         if tuple(leaf.shape) != tuple(shapes[found]):
             raise errors.GraphError(
-                f'the leaf at {"/".join(map(_key, path))} has shape {list(leaf.shape)}, but the '
+                f'the leaf at {path_string(path)} has shape {list(leaf.shape)}, but the '
                 f'variable {found} has {list(shapes[found])}: cut needs trees of the same shapes'
             )
         return change(leaf, masks[found], *parts)

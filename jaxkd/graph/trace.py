@@ -127,8 +127,7 @@ class Graph:
         Not the parts of the path: those of `nn.WeightNorm` have a '/' in their names.
         """
         return {
-            path_string(path): tuple(entry.key for entry in path)
-            for path, _ in _leaves(self.variables)
+            path_string(path): tuple(map(key_string, path)) for path, _ in _leaves(self.variables)
         }
 
     @functools.cached_property
@@ -322,16 +321,21 @@ def trace(
         ) from error
 
     context = rules.Context(allow_inexact=inexact == 'allow')
-    paths = list(traverse_util.flatten_dict(variables, sep='/').items())
+    paths = [(path_string(path), leaf) for path, leaf in _leaves(variables)]
     starts: list[tuple[str, int, int, int]] = []  # path, axis, first name, number of names
     operands: dict[str, rules.Array] = {}
     for path, leaf in paths:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise errors.GraphError(
+                f'the variable {path} is a random key: hand it in by rngs=, or keep its data '
+                '(jax.random.key_data)'
+            )
         axes = []
         for axis, n in enumerate(leaf.shape):
             starts.append((path, axis, context.ties.count, n))
             axes.append((names.Part(n, context.ties.fresh(n)),))
         operands[path] = tuple(axes)
-    by_leaf = [operands[path_string(path)] for path, _ in _leaves(variables)]
+    by_leaf = list(operands.values())
     for leaf in jax.tree.leaves(inputs):
         axes = [names.bound(n, names.INPUT) for n in leaf.shape]
         if axes:
@@ -377,7 +381,7 @@ def trace(
         from jaxkd.graph import settle  # it cuts graphs, which are made here
 
         graph = settle.settle(graph)
-    _warn_if_frozen(graph)
+    warn_if_frozen(graph)
     return graph
 
 
@@ -456,8 +460,16 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def path_string(path: Sequence[Any]) -> str:
-    """The path of a leaf of nested dicts, as members have it."""
-    return '/'.join(str(entry.key) for entry in path)
+    """The path of a leaf, as members have it."""
+    return '/'.join(map(key_string, path))
+
+
+def key_string(entry: Any) -> str:
+    """One step of a path: the key of a dict, the name of a field, the place in a tuple."""
+    for attribute in ('key', 'name', 'idx'):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
 
 
 def _module(path: str) -> str:
@@ -714,7 +726,7 @@ def _polynomial(
     return polynomial, tuple(operations)
 
 
-def _warn_if_frozen(graph: Graph) -> None:
+def warn_if_frozen(graph: Graph) -> None:
     """Says so if more than half of the parameters are in layers of which nothing can be removed."""
     movable = {member.path for g in graph.groups if not g.frozen for member in g.members}
     sizes = {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -244,26 +245,29 @@ def _new_fields(
 
 
 def _ask_for(module: nn.Module, now: Shapes, before: Shapes) -> None:
-    """Makes a layer ask initializers for the shapes that it has now, where its new fields do not.
+    """Makes a layer ask initializers for the shapes that it has now, where its code does not.
 
-    So do layers of other people that have their sizes in fields: one number may stand for several
-    axes that have become different, such as a square kernel's inputs and outputs. A layer whose
-    code fixes a size has no such field. And a layer that has lost all of its inputs or outputs gets
-    parameters without elements, for which most initializers would divide by zero.
+    A layer of other people's may have a size in a field, and one number may stand for several axes
+    that have become different, such as a square kernel's inputs and outputs. It may have a size as
+    a number in its code: that is the full width of this axis. And a layer that has lost all of its
+    inputs or outputs gets parameters without elements, for which most initializers would divide by
+    zero.
     """
+    in_fields = True
     if _rule(module) is _by_size:
         known = set(filter(_is_size, jax.tree.leaves(list(_sizes(module).values()))))
         changed = {old for name in now for old, new in zip(before[name], now[name]) if old != new}
-        if not known & changed:
-            return
+        in_fields = bool(known & changed)
     elif all(map(math.prod, now.values())):
         return
     ask = module.scope.param
 
     def param(name, init_fn, *args, **kwargs):
         if name in now and args and isinstance(args[0], tuple | list):
-            args = (now[name], *args[1:])
-            init_fn = init_fn if math.prod(now[name]) else nn.initializers.zeros
+            sizes = itertools.zip_longest(args[0], before[name], now[name])
+            if in_fields or all(asked in (old, new) for asked, old, new in sizes):
+                args = (now[name], *args[1:])
+                init_fn = init_fn if math.prod(now[name]) else nn.initializers.zeros
         return ask(name, init_fn, *args, **kwargs)
 
     module.scope.param = param

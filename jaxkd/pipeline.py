@@ -316,7 +316,7 @@ def trace_again(
             'those of the full one, so that it cannot be searched again; '
             'set config.search.alternations=1'
         )
-    return planning.measured(config, graph)
+    return planning.measured(config, learn.rehearse(graph, config.blocks))
 
 
 def search_structure(

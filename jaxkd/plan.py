@@ -138,9 +138,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     graph = tracing.trace(
         model, variables, image, inexact=config.inexact, **mode.arguments(model, train=False)
     )
+    graph = measured(config, learn.rehearse(graph, config.blocks))
     limits = blocking.resolve(graph, config.blocks)
-    learn.rehearse(graph, limits)
-    graph = measured(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
     weights = _weights(config, model, variables)
     plan = Plan(model, info, graph, limits, budgets, losses, weights)

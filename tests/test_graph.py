@@ -30,6 +30,7 @@ import pytest
 import jaxkd
 from jaxkd import cpu, models
 from jaxkd.graph import cut as cutting
+from jaxkd.search import learn
 
 
 def members(graph, name):
@@ -230,6 +231,20 @@ def test_batch_is_not_in_the_cost():
         variables = jax.eval_shape(lambda x=x: model.init(jax.random.key(0), zeros(x)))
         costs.append(jaxkd.trace(model, variables, x).cost())
     assert costs[0].params == 2_236_682
+    assert costs[0] == costs[1]
+
+
+def test_a_tiled_token_does_not_bring_the_batch_into_the_cost():
+    def body(x):
+        x = conv(8)(x).reshape(x.shape[0], -1, 8)
+        token = nn.Embed(1, 8)(jnp.zeros((1, 1), int))
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+        return nn.Dense(3)(nn.Dense(5)(x)[:, 0])
+
+    costs = []
+    for batch in 1, 4:
+        x = jax.ShapeDtypeStruct((batch, 4, 4, 3), jnp.float32)
+        costs.append(jaxkd.trace(Net(body), variables_of(Net(body), x), x).cost())
     assert costs[0] == costs[1]
 
 
@@ -488,17 +503,29 @@ def test_a_model_that_decides_by_a_width_is_refused():
         jaxkd.compact(graph, variables, keep_first(stem=(5, 8), other=(2, 5)))
 
 
-def test_a_layer_that_fixes_a_size_is_named():
-    class Scale(nn.Module):
+@pytest.mark.parametrize('way', ['prune', 'rehearse'])
+def test_what_decides_by_a_width_is_found_and_frozen(way):
+    """Where the caller has not chosen what to keep, what cannot be cut stays, and the rest goes."""
+
+    class Block(nn.Module):
+        features: int
+
         @nn.compact
         def __call__(self, x):
-            return x * self.param('scale', nn.initializers.ones, (8,))
+            y = conv(self.features, 1, name='project')(nn.relu(conv(12, 1, name='expand')(x)))
+            return x + y if x.shape[-1] == self.features else y
 
-    model = Net(lambda x: nn.Dense(2)(Scale(name='scaler')(conv(8, name='stem')(x)).mean((1, 2))))
+    model = Net(lambda x: nn.Dense(2)(Block(8, name='block')(conv(8, name='stem')(x)).mean((1, 2))))
     variables = variables_of(model, IMAGES)
-    graph = jaxkd.trace(model, variables, IMAGES)
-    with pytest.raises(jaxkd.GraphError, match='fixes a size.*"/scaler"'):
-        jaxkd.compact(graph, variables, keep_first(stem=(5, 8)))
+    if way == 'prune':
+        small = jaxkd.prune(model, variables, IMAGES, flops=0.7)
+        kept = {name: len(group['kept']) for name, group in small.structure.groups.items()}
+        assert kept['stem'] == 8
+        assert kept['block/expand'] < 12
+    else:
+        graph = learn.rehearse(jaxkd.trace(model, variables, IMAGES))
+        assert 'decides by its width' in graph.by_name['stem'].frozen
+        assert graph.by_name['block/expand'].frozen is None
 
 
 @pytest.mark.parametrize(
@@ -619,6 +646,59 @@ def test_constant_filters(multiplier):
     model = Net(body)
     variables = variables_of(model, IMAGES)
     assert_compact_is_masked(model, variables, keep_first(stem=(2, 4)), IMAGES)
+
+
+def test_what_a_model_sows_is_traced_along():
+    """`init` leaves tuples in the collections that a model sows into."""
+
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = conv(6, name='stem')(x)
+            self.sow('losses', 'size', (x**2).mean())
+            return nn.Dense(2)(x.mean((1, 2)))
+
+    variables = Sows().init(jax.random.key(0), images_for())
+    graph, small = assert_compact_is_masked(Sows(), variables, keep_first(stem=(4, 6)), IMAGES)
+    assert 'losses/size/0' in graph.shapes
+    assert isinstance(small.variables['losses']['size'], tuple)
+
+
+def test_random_keys_are_no_variables():
+    class Keeps(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable('noise', 'key', lambda: jax.random.key(0))
+            return conv(4)(x)
+
+    variables = Keeps().init(jax.random.key(0), images_for())
+    with pytest.raises(jaxkd.GraphError, match='noise/key is a random key: hand it in by rngs='):
+        jaxkd.trace(Keeps(), variables, IMAGES)
+
+
+def test_a_mask_as_input_hides_nothing_while_verifying():
+    """A mean over what is not hidden would be 0 / 0."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            x = nn.relu(nn.Dense(8, name='stem')(x)) * mask[..., None]
+            return nn.Dense(2)(x.sum(1) / mask.sum(1, keepdims=True))
+
+    inputs = jnp.ones((2, 5, 3)), jnp.ones((2, 5), bool)
+    variables = Masked().init(jax.random.key(0), *inputs)
+    graph = jaxkd.trace(Masked(), variables, *inputs)
+    assert jaxkd.verify(graph, keep_first(stem=(4, 8))) < 1e-6
+
+
+def test_half_precision_that_overflows_is_verified_in_double():
+    def body(x):
+        x = nn.Conv(4, (3, 3), dtype=jnp.float16, name='stem')(x)
+        return nn.Dense(2, dtype=jnp.float16)((1e4 * x * x).mean((1, 2)))
+
+    model = Net(body)
+    graph = jaxkd.trace(model, variables_of(model, IMAGES), IMAGES)
+    assert jaxkd.verify(graph, keep_first(stem=(2, 4))) < 1e-6
 
 
 def test_variables_that_are_not_used_are_not_cut():

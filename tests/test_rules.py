@@ -259,6 +259,46 @@ def stacked(x):
     return first + second
 
 
+def vmapped(x):
+    """Three layers at once: their kernels are one array, transposed and merged."""
+    branches = nn.vmap(
+        nn.Conv,
+        in_axes=None,
+        axis_size=3,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+    )
+    return nn.relu(branches(6, (3, 3), name='branches')(nn.relu(stem(8)(x)))).sum(0)
+
+
+class NormedBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.relu(nn.BatchNorm(use_running_average=True)(conv(6, name='inner')(x)))
+        return x + conv(x.shape[-1], name='outer')(y), None
+
+
+def scanned(x):
+    """Three blocks whose norms' vectors are rows of one array."""
+    blocks = nn.scan(
+        NormedBlock,
+        variable_axes={'params': 0, 'batch_stats': 0},
+        split_rngs={'params': True},
+        length=3,
+    )
+    return blocks(name='blocks')(stem(5)(x), None)[0]
+
+
+class Written(nn.Module):
+    """Its sizes are numbers in its code."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param('kernel', nn.initializers.lecun_normal(), (8, 6)) + self.param(
+            'shift', nn.initializers.zeros, (1, 1, 1, 6)
+        )
+
+
 def tiled(x):
     """A blur whose filter is tiled, and every channel twice."""
     x = stem(4)(x)
@@ -368,6 +408,9 @@ CUT = {
     'resized, nearest': (functools.partial(resized, method='nearest'), {'stem': 5, 'next': 3}),
     'looped': (looped, {'stem': 5, 'inner': 5}),
     'stacked': (stacked, {'window1': 6}),
+    'vmapped': (vmapped, {'stem': 8, 'branches': 6}),
+    'scanned': (scanned, {'stem': 5, 'blocks/inner': 6}),
+    'written': (lambda x: Written(name='next')(stem(8)(x)), {'stem': 8, 'next': 6}),
     'tiled': (tiled, {'stem': 4, 'next': 3}),
     'shared scope': (lambda x: LowRank(6, name='stem')(x), {'stem': 6, 'stem#2': 2}),
     'list of layers': (

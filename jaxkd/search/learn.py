@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxkd import cpu, errors
-from jaxkd.graph import cut
+from jaxkd.graph import cut, settle
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.graph.trace import Graph, Keep, plain
@@ -103,21 +103,38 @@ def course(
     )
 
 
-def rehearse(graph: Graph, limits: Mapping[str, blocking.Limits]) -> None:
+def rehearse(graph: Graph, blocks: blocking.Blocks = ()) -> Graph:
     """Refuses a network that cannot be cut before it is trained, and not when it is to be cut.
 
+    Returns:
+      The graph; where the model's code cannot do with about half of some groups, or computes
+      something else then, with these frozen.
+
     Raises:
-      GraphError: if no group can be cut, if the model's code cannot run with about half of every
-        group removed, or without the branches that `limits` let go, or computes something else.
+      GraphError: if no group can be cut, or not without the branches that `blocks` let go.
     """
-    if all(group.frozen for group in graph.groups):
-        raise errors.GraphError(
-            f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
-            'jaxkd.trace(…).frozen'
-        )
-    cut.rehearse(graph)
+
+    def rehearsed(graph: Graph) -> Graph:
+        if all(group.frozen for group in graph.groups):
+            raise errors.GraphError(
+                f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
+                'jaxkd.trace(…).frozen'
+            )
+        cut.rehearse(graph)
+        return graph
+
+    try:
+        graph = rehearsed(graph)
+    except errors.GraphError:
+        settled = settle.settle(graph)
+        if settled is graph:
+            raise
+        graph = rehearsed(settled)
+        tracing.warn_if_frozen(graph)
+    limits = blocking.resolve(graph, blocks)
     if gone := [name for name, limit in limits.items() if not limit.least]:
         cut.rehearse(graph, gone)
+    return graph
 
 
 class Body(NamedTuple):
@@ -329,7 +346,7 @@ class Search:
         worth: Mapping[str, np.ndarray] | None = None,
         **budget: float | None,
     ):
-        rehearse(graph, blocking.resolve(graph, blocks))
+        graph = rehearse(graph, blocks)
         self._course = course(
             graph,
             steps=steps,

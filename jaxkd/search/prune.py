@@ -8,9 +8,10 @@ from typing import Any
 from flax import linen as nn
 
 from jaxkd import errors
-from jaxkd.graph import cut
+from jaxkd.graph import cut, settle
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
+from jaxkd.graph.trace import Graph, Keep
 from jaxkd.search import blocks as blocking
 from jaxkd.search import criteria
 from jaxkd.search import select as selecting
@@ -70,11 +71,20 @@ def prune(
         raise errors.ConfigError(
             'budget', None, why='give flops=, params=, activations= or latency='
         )
+    evidence = criteria.Evidence(loss, tuple(batches), seed)
+
+    def chosen(graph: Graph) -> Keep:
+        scores = criteria.CRITERIA[criterion](graph, variables, evidence)
+        within = {**asked, 'blocks': blocks, 'round_to': round_to}
+        least = selecting.floor(graph, min_keep, scores=scores, **within)
+        return selecting.select(graph, scores, min_keep=least, **within)
+
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
     graph = blocking.measured(graph, latency, blocks)
-    evidence = criteria.Evidence(loss, tuple(batches), seed)
-    scores = criteria.CRITERIA[criterion](graph, variables, evidence)
-    within = {**asked, 'blocks': blocks, 'round_to': round_to}
-    least = selecting.floor(graph, min_keep, scores=scores, **within)
-    keep = selecting.select(graph, scores, min_keep=least, **within)
-    return cut.compact(graph, variables, keep)
+    try:
+        return cut.compact(graph, variables, chosen(graph))
+    except errors.GraphError:
+        settled = settle.settle(graph)
+        if settled is graph:
+            raise
+    return cut.compact(settled, variables, chosen(settled))

@@ -2,7 +2,7 @@
 
 Values are what their papers minimize once the mean over the examples is taken. Some of these are
 defined on a batch as a whole, and then what is not the example's own is in every example's value.
-No gradient flows to the teacher.
+No gradient flows to the teacher. Half precision is computed with in float32, and values are that.
 
 Which of them a run takes, with what weights, says its config; see `jaxkd.objective`.
 """
@@ -41,7 +41,7 @@ def hinton(
       Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(teacher / temperature)
     return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
@@ -66,7 +66,7 @@ def distillation(
     Returns:
       float [...].
     """
-    hard = optax.softmax_cross_entropy_with_integer_labels(student, labels)
+    hard = optax.softmax_cross_entropy_with_integer_labels(_wide(student), labels)
     return (1 - alpha) * hard + alpha * hinton(student, teacher, temperature)
 
 
@@ -102,7 +102,7 @@ def dkd(
       Zhao, Cui, Song, Qiu, Liang 2022, Decoupled Knowledge Distillation,
       https://arxiv.org/abs/2203.08679, equation 7; times T², as in the authors' code.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     chex.assert_type(labels, int)
     chex.assert_shape(labels, student.shape[:-1])
     target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
@@ -155,7 +155,7 @@ def dist(
       https://arxiv.org/abs/2205.10536, equations 8 to 10; times T², as in the authors' code.
     """
     chex.assert_rank([student, teacher], 2)
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     of_student, of_teacher = (jax.nn.softmax(z / temperature) for z in (student, teacher))
     inter = 1 - _correlation(of_student, of_teacher)
     intra = jnp.mean(1 - _correlation(of_student.T, of_teacher.T))
@@ -179,7 +179,7 @@ def standardized(logits: jax.Array) -> jax.Array:
       https://arxiv.org/abs/2403.01427, algorithm 1.
     """
     chex.assert_type(logits, float)
-    return math.sqrt(logits.shape[-1]) * _unit(_centred(logits))
+    return math.sqrt(logits.shape[-1]) * _unit(_centred(_wide(logits)))
 
 
 def logit_mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ def logit_mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Kim, Oh, Kim, Cho, Yun 2021, Comparing Kullback-Leibler Divergence and Mean Squared Error Loss
       in Knowledge Distillation, https://arxiv.org/abs/2105.08919, equation 3.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
@@ -217,7 +217,7 @@ def hard_label(student: jax.Array, teacher: jax.Array) -> jax.Array:
       attention (DeiT), https://arxiv.org/abs/2012.12877, equation 3 (with the weights ½ and ½ for
       this and the labels).
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     return optax.softmax_cross_entropy_with_integer_labels(student, jnp.argmax(teacher, axis=-1))
 
 
@@ -245,8 +245,8 @@ def fitnet(
     """
     chex.assert_type([student, teacher], float)
     if adapter is not None:
-        student = student @ adapter['kernel'] + adapter['bias']
-    teacher = _alike(student, teacher)
+        student = _wide(student) @ adapter['kernel'] + adapter['bias']
+    student, teacher = _alike(student, teacher)
     return jnp.mean(_flat((student - teacher) ** 2), axis=-1)
 
 
@@ -276,7 +276,7 @@ def attention_transfer(student: jax.Array, teacher: jax.Array, *, power: float =
     chex.assert_equal_shape_prefix([student, teacher], student.ndim - 1)
 
     def attention(features: jax.Array) -> jax.Array:
-        return _unit(_flat(jnp.sum(jnp.abs(features) ** power, axis=-1)))
+        return _unit(_flat(jnp.sum(jnp.abs(_wide(features)) ** power, axis=-1)))
 
     difference = attention(student) - attention(jax.lax.stop_gradient(teacher))
     return jnp.mean(difference**2, axis=-1)
@@ -306,18 +306,23 @@ def similarity_preserving(student: jax.Array, teacher: jax.Array) -> jax.Array:
     chex.assert_equal_shape_prefix([student, teacher], 1)
 
     def similarities(features: jax.Array) -> jax.Array:
-        features = _flat(features)
+        features = _flat(_wide(features))
         return _unit(features @ features.T)
 
     difference = similarities(student) - similarities(jax.lax.stop_gradient(teacher))
     return jnp.mean(difference**2, axis=-1)
 
 
-def _alike(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The teacher's, without gradient, if both are floats of one shape; else AssertionError."""
+def _alike(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a loss computes with, if both are floats of one shape; else AssertionError."""
     chex.assert_type([student, teacher], float)
     chex.assert_equal_shape([student, teacher])
-    return jax.lax.stop_gradient(teacher)
+    return _wide(student), _wide(jax.lax.stop_gradient(teacher))
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    """In float32 at least: in float16, `SMALLEST` and many a probability are 0."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _flat(array: jax.Array) -> jax.Array:

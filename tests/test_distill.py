@@ -157,6 +157,15 @@ def test_formulas(name):
 
 
 @pytest.mark.parametrize('name', CASES)
+def test_half_precision_is_computed_in_float32(name):
+    loss, _, (student, teacher) = CASES[name]
+    half = jnp.float16(student), jnp.float16(teacher)
+    values = loss(*half)
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, loss(*map(jnp.float32, half)))
+
+
+@pytest.mark.parametrize('name', CASES)
 def test_no_gradient_flows_to_the_teacher(name):
     loss, _, (student, teacher) = CASES[name]
     arrays = jnp.float32(student), jnp.float32(teacher)

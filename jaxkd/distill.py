@@ -44,7 +44,7 @@ def hinton(
     student, teacher = _alike(student, teacher)
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(teacher / temperature)
-    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+    return temperature**2 * _divergence(log_student, log_teacher)
 
 
 def distillation(
@@ -118,7 +118,7 @@ def dkd(
         return jnp.stack([own - whole, rest - whole], axis=-1), jax.nn.log_softmax(others)
 
     divergences = [
-        optax.losses.kl_divergence_with_log_targets(of_student, of_teacher)
+        _divergence(of_student, of_teacher)
         for of_student, of_teacher in zip(parts(student), parts(teacher), strict=True)
     ]
     return temperature**2 * (alpha * divergences[0] + beta * divergences[1])
@@ -323,6 +323,16 @@ def _alike(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array
 def _wide(array: jax.Array) -> jax.Array:
     """In float32 at least: in float16, `SMALLEST` and many a probability are 0."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _divergence(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
+    """KL(teacher ‖ student) of log-probabilities along the last axis.
+
+    A class that the teacher masks with -inf adds nothing, whatever the student gives it.
+    """
+    masked = jnp.isneginf(log_teacher)
+    log_student, log_teacher = (jnp.where(masked, 0, log) for log in (log_student, log_teacher))
+    return optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
 
 
 def _flat(array: jax.Array) -> jax.Array:

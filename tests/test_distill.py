@@ -188,6 +188,27 @@ def test_gradients_are_numbers_where_nothing_differs_or_all_is_zero(name):
         assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
+def test_masked_classes_add_nothing():
+    """Of a class that has no probability, 0 · log 0 is 0: in the value and in its gradient."""
+    teacher, labels = jnp.array([[0.5, 2.0, -jnp.inf]]), jnp.array([0])
+    losses = (
+        lambda s, t: distill.hinton(s, t, 3.0).sum(),
+        lambda s, t: distill.dkd(s, t, labels).sum(),
+        lambda s, t: distill.distillation(s, t, labels).sum(),
+    )
+    for loss in losses:  # as if there were no such class
+        value, slope = jax.value_and_grad(loss)(jnp.array([[1.0, 2.0, -jnp.inf]]), teacher)
+        rest, slope_of_rest = jax.value_and_grad(loss)(jnp.array([[1.0, 2.0]]), teacher[:, :2])
+        np.testing.assert_allclose(value, rest, rtol=1e-5)
+        np.testing.assert_allclose(slope, [[*slope_of_rest[0], 0.0]], rtol=1e-5, atol=1e-7)
+
+    student = jnp.array([[1.0, 2.0, 3.0]])  # which knows the class
+    p, q = _softmax(np.array(teacher) / 3.0), _softmax(np.array(student) / 3.0)
+    value, slope = jax.value_and_grad(losses[0])(student, teacher)
+    np.testing.assert_allclose(value, 9.0 * _kl(p[0, :2], q[0, :2]), rtol=1e-5)
+    np.testing.assert_allclose(slope, 3.0 * (q - p), rtol=1e-5)
+
+
 def test_decoupled_by_hand():
     """Teacher (½, ¼, ¼), student (¼, ¼, ½), label 0.
 

@@ -250,6 +250,13 @@ def test_relations_by_hand():
     np.testing.assert_allclose(distill.dist(closer, logits, gamma=0.0), [0.0], atol=1e-6)
 
 
+def test_relations_of_many_classes_and_of_one_example():
+    """Of most classes no example has more than a trace; of one example there is no relation."""
+    logits = 10 * jax.random.normal(jax.random.key(0), (8, 1000))
+    np.testing.assert_allclose(distill.dist(logits, logits), np.zeros(8), atol=1e-5)
+    np.testing.assert_allclose(distill.dist(logits[:1], logits[:1]), [1.0], atol=1e-5)
+
+
 def test_standardized_by_hand():
     """(1, 3) has mean 2 and deviation 1; the size and the mean of logits are of no account."""
     np.testing.assert_allclose(

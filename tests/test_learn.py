@@ -312,6 +312,14 @@ def test_a_closed_channel_is_gone_whatever_its_gate(norms, kind, closed):
     np.testing.assert_allclose(before, after, rtol=1e-5)
 
 
+def test_a_loss_in_half_precision(teacher):
+    half = lambda *args: loss(*args)[0].astype(jnp.bfloat16)  # noqa: E731
+    result = jaxkd.learn_structure(
+        MODEL, teacher, half, batches(), IMAGES, steps=2, flops=0.5, train=False
+    )
+    assert result.loss.dtype == np.float32 and np.isfinite(result.loss).all()
+
+
 def test_gates_are_carried_folded_and_cut_with_the_parameters():
     model = Net(('batch', '', ''))
     variables = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))

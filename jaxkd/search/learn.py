@@ -490,7 +490,9 @@ def learn_structure(
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt_state = tx.update(gradients, opt_state, weights, **extra)
-        return optax.apply_updates(weights, updates), {**rest, **changed}, opt_state, value
+        weights = optax.apply_updates(weights, updates)
+        # In float32, because NumPy has none of JAX's half precision.
+        return weights, {**rest, **changed}, opt_state, value.astype(np.float32)
 
     opt_state = tx.init(weights)
     losses, alive = [], []

@@ -361,9 +361,9 @@ class Eight(nn.Module):
 
 
 def test_what_cannot_be_searched_is_refused(teacher):
-    def learn(model, variables, source, **budget):
+    def learn(model, variables, source, steps=3, **settings):
         return jaxkd.learn_structure(
-            model, variables, loss, source, IMAGES, steps=3, train=False, **budget
+            model, variables, loss, source, IMAGES, steps=steps, train=False, **settings
         )
 
     linear = nn.Dense(10)
@@ -390,6 +390,12 @@ def test_what_cannot_be_searched_is_refused(teacher):
         )
     with pytest.raises(jaxkd.ConfigError, match='gates is .norms.*did you mean norm'):
         learn(MODEL, teacher, batches(), flops=0.5, gates='norms')
+    for ramp in (np.nan, 3.0, -1.0):
+        with pytest.raises(jaxkd.ConfigError, match='ramp is .* share'):
+            learn(MODEL, teacher, batches(), flops=0.5, ramp=ramp)
+    for steps in (2.5, -1):
+        with pytest.raises(jaxkd.ConfigError, match='steps is .* int'):
+            learn(MODEL, teacher, batches(), flops=0.5, steps=steps)
     with pytest.raises(jaxkd.ConfigError, match='coupling is .sum.* max, mean, l2'):
         learn(MODEL, teacher, batches(), flops=0.5, coupling='sum')
     with pytest.raises(jaxkd.ConfigError, match='ended after 2 of 3 steps'):

@@ -273,6 +273,19 @@ def test_what_cannot_be_asked(chain):
     scores = {'one': np.ones(4), 'two': np.ones(6)}
     with pytest.raises(errors.BudgetError, match=r'cannot be reached.*blocks one'):
         selecting.select(graph, scores, flops=0.2, blocks=[('one', {'min_keep': 4}), ('two', {})])
+    for way, known, limits in (
+        ('round_to=4', scores, {'round_to': 4}),
+        ('min_keep=0.9', scores, {'min_keep': 0.9}),
+        ('groups without a score two', {'one': scores['one']}, {}),
+        ('frozen groups ', scores, {}),
+        (
+            'blocks one, min_keep=2, round_to=4',
+            scores,
+            {'blocks': [('one', {'min_keep': 4})], 'min_keep': 2, 'round_to': 4},
+        ),
+    ):
+        with pytest.raises(errors.BudgetError, match=f'in the way: {way}'):
+            selecting.select(graph, known, flops=2, **limits)
     with pytest.raises(errors.ConfigError, match='matches no channel group.*one, two'):
         blocks.resolve(graph, [('conv9', {})])
     with pytest.raises(errors.ConfigError, match='did you mean strength'):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import numbers
 import re
@@ -386,16 +386,16 @@ def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
 
 
 def check_reachable(
-    graph: Graph, limits: Mapping[str, Limits], wanted: Sequence[Budget], keep: Keep
+    graph: Graph, wanted: Sequence[Budget], keep: Keep, obstacles: Callable[[], str]
 ) -> None:
-    """Raises BudgetError if even `keep`, the smallest allowed, costs more than a budget."""
+    """Raises BudgetError if even `keep`, the smallest allowed, costs more than a budget.
+
+    It says what stands in the way, which `obstacles` tells.
+    """
     cost = graph.cost(keep)
     for budget in wanted:
         share = budget.share(cost)
         if share * budget.full > budget.most:
-            blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
-            stuck = sorted(g.name for g in graph.groups if g.frozen)
-            way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
             unit, word = UNITS.get(budget.resource, (1, ''))
             most, rest = (
                 f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}'
@@ -405,5 +405,5 @@ def check_reachable(
             raise errors.BudgetError(
                 f'{budget.resource} of {most} ({budget.most / budget.full:.3f} of the {whole}) '
                 f'cannot be reached: with every limit used up {rest} ({share:.3f}) remain; '
-                f'in the way: {way}'
+                f'in the way: {obstacles()}'
             )

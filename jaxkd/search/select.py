@@ -232,8 +232,39 @@ def _pose(
     best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
     problem = _problem(graph, scores, best, limits, budgets, round_to)
     least_levels = np.zeros(len(best), int)
-    blocking.check_reachable(graph, limits, budgets, _kept(problem, best, least_levels))
+    blocking.check_reachable(
+        graph,
+        budgets,
+        _kept(problem, best, least_levels),
+        lambda: _obstacles(graph, scores, blocks, round_to, min_keep, held),
+    )
     return problem, best
+
+
+def _obstacles(
+    graph: Graph,
+    scores: Mapping[str, np.ndarray],
+    blocks: blocking.Blocks,
+    round_to: int,
+    min_keep: float,
+    held: Keep | None,
+) -> str:
+    """What raises the least that groups keep, in words; else the groups that are frozen."""
+    by_blocks = blocking.resolve(graph, blocks)
+    asked = blocking.resolve(graph, blocks, min_keep)
+    multiples = rounded(graph, asked, round_to)
+    free = [group.name for group in graph.groups if not group.frozen and group.name in scores]
+    named = sorted({by_blocks[name].block for name in free if by_blocks[name].least > 1})
+    whole = [g.name for g in graph.groups if not g.frozen and g.name not in scores]
+    found = [
+        f'blocks {", ".join(named)}' if named else '',
+        f'min_keep={min_keep}' if any(asked[n].least > by_blocks[n].least for n in free) else '',
+        f'round_to={round_to}' if any(multiples[n].least > asked[n].least for n in free) else '',
+        f'groups without a score {", ".join(whole)}' if whole else '',
+        'what is held' if held else '',
+    ]
+    frozen = sorted(group.name for group in graph.groups if group.frozen)
+    return ', '.join(filter(None, found)) or f'frozen groups {", ".join(frozen)}'
 
 
 def _kept(

@@ -588,7 +588,24 @@ def _read_manifest(path: Path, checkpointer: ocp.Checkpointer) -> dict:
         raise CheckpointError(
             path, f'its format is {document.get("format")!r}, and this version reads {_FORMAT!r}'
         )
+    leaves, metadata = document.get('leaves'), document.get('metadata')
+    known = isinstance(leaves, dict) and all(map(_describes, leaves.values()))
+    if not known or not isinstance(metadata, dict):
+        raise CheckpointError(path, 'its metadata is none that jaxkd writes')
     return document
+
+
+def _describes(entry: Any) -> bool:
+    """Whether it is what `_composite` writes about a leaf."""
+    if not entry:
+        return entry is None or entry == {}
+    try:
+        dtype = np.dtype(entry['dtype'])
+        view = np.broadcast_to(np.zeros((), dtype), entry['shape'])
+        written = {'dtype': dtype.name, 'shape': list(view.shape), 'sha256': entry['sha256']}
+    except (KeyError, TypeError, ValueError):
+        return False
+    return _numeric(dtype) and entry == written
 
 
 def _checked(path: Path, stored: dict, name: str, entry: dict | None) -> Any:
@@ -682,15 +699,16 @@ def _host_array(value: Any, name: str) -> np.ndarray:
         raise TypeError(f'{label} is a {type(value).__name__}, not an array (see to_tree)')
     # A copy even where jax offers a view: its buffer may be donated before it is written.
     array = np.array(value, copy=True, order='C')
-    # ml_dtypes' types (bfloat16, float8, int4) are of numpy's kind 'V', but have no fields.
-    numeric = array.dtype.kind in 'biufc' or (
-        array.dtype.kind == 'V' and not array.dtype.name.startswith('void')
-    )
-    if not numeric:
+    if not _numeric(array.dtype):
         raise TypeError(f'{label} is a {type(value).__name__} of dtype {array.dtype}, not numbers')
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder('='))
     return array
+
+
+def _numeric(dtype: np.dtype) -> bool:
+    # ml_dtypes' types (bfloat16, float8, int4) are of numpy's kind 'V', but have no fields.
+    return dtype.kind in 'biufc' or (dtype.kind == 'V' and not dtype.name.startswith('void'))
 
 
 def _encode(key: str) -> str:

@@ -2,7 +2,7 @@
 
 Values are what their papers minimize once the mean over the examples is taken. Some of these are
 defined on a batch as a whole, and then what is not the example's own is in every example's value.
-No gradient flows to the teacher.
+No gradient flows to the teacher. Half precision is computed with in float32, and values are that.
 
 Which of them a run takes, with what weights, says its config; see `jaxkd.objective`.
 """
@@ -32,7 +32,8 @@ def hinton(
     Args:
       student: logits, float [..., classes].
       teacher: logits of the same shape.
-      temperature: T > 0; the larger, the more the small probabilities count.
+      temperature: T > 0; the larger, the more the small probabilities count. Up to about 100:
+        the divergence goes as 1 / T², and far beyond is lost in the rounding of float32.
 
     Returns:
       float [...].
@@ -41,10 +42,10 @@ def hinton(
       Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(teacher / temperature)
-    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+    return temperature**2 * _divergence(log_student, log_teacher)
 
 
 def distillation(
@@ -66,7 +67,7 @@ def distillation(
     Returns:
       float [...].
     """
-    hard = optax.softmax_cross_entropy_with_integer_labels(student, labels)
+    hard = optax.softmax_cross_entropy_with_integer_labels(_wide(student), labels)
     return (1 - alpha) * hard + alpha * hinton(student, teacher, temperature)
 
 
@@ -90,7 +91,7 @@ def dkd(
       teacher: logits of the same shape.
       labels: classes, int [...].
       alpha, beta: the weights.
-      temperature: T > 0.
+      temperature: see `hinton`.
 
     Returns:
       float [...].
@@ -102,7 +103,7 @@ def dkd(
       Zhao, Cui, Song, Qiu, Liang 2022, Decoupled Knowledge Distillation,
       https://arxiv.org/abs/2203.08679, equation 7; times T², as in the authors' code.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     chex.assert_type(labels, int)
     chex.assert_shape(labels, student.shape[:-1])
     target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
@@ -118,7 +119,7 @@ def dkd(
         return jnp.stack([own - whole, rest - whole], axis=-1), jax.nn.log_softmax(others)
 
     divergences = [
-        optax.losses.kl_divergence_with_log_targets(of_student, of_teacher)
+        _divergence(of_student, of_teacher)
         for of_student, of_teacher in zip(parts(student), parts(teacher), strict=True)
     ]
     return temperature**2 * (alpha * divergences[0] + beta * divergences[1])
@@ -137,6 +138,7 @@ def dist(
     The inter-class relation of an example is between the student's and the teacher's
     probabilities of the classes. The intra-class relation of a class is between those of the
     examples, so that it depends on the batch; its mean over the classes is in each example's value.
+    In a batch of one nothing is related, and it is 1 without gradient.
 
     Args:
       student: logits, float [batch, classes].
@@ -155,7 +157,7 @@ def dist(
       https://arxiv.org/abs/2205.10536, equations 8 to 10; times T², as in the authors' code.
     """
     chex.assert_rank([student, teacher], 2)
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     of_student, of_teacher = (jax.nn.softmax(z / temperature) for z in (student, teacher))
     inter = 1 - _correlation(of_student, of_teacher)
     intra = jnp.mean(1 - _correlation(of_student.T, of_teacher.T))
@@ -179,7 +181,7 @@ def standardized(logits: jax.Array) -> jax.Array:
       https://arxiv.org/abs/2403.01427, algorithm 1.
     """
     chex.assert_type(logits, float)
-    return math.sqrt(logits.shape[-1]) * _unit(_centred(logits))
+    return math.sqrt(logits.shape[-1]) * _unit(_centred(_wide(logits)))
 
 
 def logit_mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -198,7 +200,7 @@ def logit_mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Kim, Oh, Kim, Cho, Yun 2021, Comparing Kullback-Leibler Divergence and Mean Squared Error Loss
       in Knowledge Distillation, https://arxiv.org/abs/2105.08919, equation 3.
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
@@ -217,7 +219,7 @@ def hard_label(student: jax.Array, teacher: jax.Array) -> jax.Array:
       attention (DeiT), https://arxiv.org/abs/2012.12877, equation 3 (with the weights ½ and ½ for
       this and the labels).
     """
-    teacher = _alike(student, teacher)
+    student, teacher = _alike(student, teacher)
     return optax.softmax_cross_entropy_with_integer_labels(student, jnp.argmax(teacher, axis=-1))
 
 
@@ -245,8 +247,8 @@ def fitnet(
     """
     chex.assert_type([student, teacher], float)
     if adapter is not None:
-        student = student @ adapter['kernel'] + adapter['bias']
-    teacher = _alike(student, teacher)
+        student = _wide(student) @ adapter['kernel'] + adapter['bias']
+    student, teacher = _alike(student, teacher)
     return jnp.mean(_flat((student - teacher) ** 2), axis=-1)
 
 
@@ -276,7 +278,7 @@ def attention_transfer(student: jax.Array, teacher: jax.Array, *, power: float =
     chex.assert_equal_shape_prefix([student, teacher], student.ndim - 1)
 
     def attention(features: jax.Array) -> jax.Array:
-        return _unit(_flat(jnp.sum(jnp.abs(features) ** power, axis=-1)))
+        return _unit(_flat(jnp.sum(jnp.abs(_wide(features)) ** power, axis=-1)))
 
     difference = attention(student) - attention(jax.lax.stop_gradient(teacher))
     return jnp.mean(difference**2, axis=-1)
@@ -306,18 +308,33 @@ def similarity_preserving(student: jax.Array, teacher: jax.Array) -> jax.Array:
     chex.assert_equal_shape_prefix([student, teacher], 1)
 
     def similarities(features: jax.Array) -> jax.Array:
-        features = _flat(features)
+        features = _flat(_wide(features))
         return _unit(features @ features.T)
 
     difference = similarities(student) - similarities(jax.lax.stop_gradient(teacher))
     return jnp.mean(difference**2, axis=-1)
 
 
-def _alike(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The teacher's, without gradient, if both are floats of one shape; else AssertionError."""
+def _alike(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a loss computes with, if both are floats of one shape; else AssertionError."""
     chex.assert_type([student, teacher], float)
     chex.assert_equal_shape([student, teacher])
-    return jax.lax.stop_gradient(teacher)
+    return _wide(student), _wide(jax.lax.stop_gradient(teacher))
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    """In float32 at least: in float16, `SMALLEST` and many a probability are 0."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _divergence(log_student: jax.Array, log_teacher: jax.Array) -> jax.Array:
+    """KL(teacher ‖ student) of log-probabilities along the last axis.
+
+    A class that the teacher masks with -inf adds nothing, whatever the student gives it.
+    """
+    masked = jnp.isneginf(log_teacher)
+    log_student, log_teacher = (jnp.where(masked, 0, log) for log in (log_student, log_teacher))
+    return optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
 
 
 def _flat(array: jax.Array) -> jax.Array:
@@ -336,5 +353,11 @@ def _unit(vectors: jax.Array) -> jax.Array:
 
 
 def _correlation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Pearson's, along the last axis."""
-    return jnp.sum(_unit(_centred(a)) * _unit(_centred(b)), axis=-1)
+    """Pearson's of probabilities, along the last axis."""
+    return jnp.sum(_unit(_centred(_relative(a))) * _unit(_centred(_relative(b))), axis=-1)
+
+
+def _relative(probabilities: jax.Array) -> jax.Array:
+    """To the largest along the last axis: a class that is rare everywhere is as good as any."""
+    largest = jnp.max(probabilities, axis=-1, keepdims=True)
+    return probabilities / jax.lax.stop_gradient(jnp.maximum(largest, 1e-30))

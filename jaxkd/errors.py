@@ -129,6 +129,11 @@ def is_number(value: Any) -> bool:
     return real and math.isfinite(value)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a setting is a whole number, an int of Python or of NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def words(error: BaseException) -> str:
     """Any exception in one line.
 

@@ -47,10 +47,15 @@ def load(
 
     Raises:
       CheckpointError: for a path that holds no compact model, a damaged one (naming the leaf), one
-        whose model has to be handed in, or was made with other arguments than the one given.
+        whose model has to be handed in, or is of another class or made with other arguments than
+        the one given.
+      ConfigError: for a model that is no module.
     """
     if os.path.isfile(path):
         return _program(path)
+    if model is not None and not isinstance(model, nn.Module):
+        why = 'it must be the full-width module itself, such as Net(), and not its class'
+        raise errors.ConfigError('model', model, why=why)
 
     def full(recorded: Mapping[str, Any]) -> nn.Module:
         known = registered(recorded) if model is None else model
@@ -70,19 +75,27 @@ def read(path: str | os.PathLike, full: Callable[[Mapping[str, Any]], nn.Module]
     try:
         found = Structure.from_json(metadata['structure'])
         model = full(found.model)
-        differing = structure.differing(structure.full_module(model), found.model)
+        whole = structure.full_module(model)
+        own, there = type(whole).__name__, found.model['class'].rpartition('.')[2]
+        differing = structure.differing(whole, found.model)
+        fits = structure.widths(tree) == found.widths
         module = structure.module(model, found)
     except errors.JaxkdError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f'its structure is none that jaxkd.save writes ({type(error).__name__}: {error})'
         raise errors.CheckpointError(path, why) from error
+    if own != there:  # the module it is in may have another name by now
+        why = f'{made_from(found.model)}, and the model that was given is of the class {own}'
+        raise errors.CheckpointError(path, why)
+    if not fits:
+        raise errors.CheckpointError(path, 'its arrays are not of the widths that it records')
     if differing:
         told = ', '.join(f'{name} ({a!r} there, {b!r} now)' for name, (a, b) in differing.items())
-        there = {name: _tuples(value) for name, (value, _) in differing.items()}
+        given = {name: _tuples(value) for name, (value, _) in differing.items()}
         why = (
             f'{made_from(found.model)} with other arguments: {told}; make the model with those, '
-            f'in a command by --arguments="{there}"'
+            f'in a command by --arguments="{given}"'
         )
         raise errors.CheckpointError(path, why)
     return CompactModel(module, jax.tree.map(np.asarray, tree), found)

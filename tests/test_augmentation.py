@@ -33,7 +33,7 @@ def test_defaults_change_nothing():
 
 def test_everything_at_once_keeps_shape_and_dtype_and_depends_on_the_key_alone():
     vary = jax.jit(functools.partial(data.vary, augmentation=EVERYTHING))
-    for dtype, channels in [(np.uint8, 1), (np.float32, 3), (np.float32, 1)]:
+    for dtype, channels in [(np.uint8, 1), (np.float32, 3), (np.float32, 1), (jnp.bfloat16, 3)]:
         images = jax.ShapeDtypeStruct((4, 9, 8, channels), dtype)
         varied, share = jax.eval_shape(vary, KEY, images)
         assert varied.shape == images.shape and varied.dtype == dtype
@@ -83,6 +83,8 @@ def test_mixup_by_hand():
     assert (mixed == mixed[:, :1, :1]).all()
     rounded, _ = mixup(KEY, images.astype(np.uint8), 1.0)
     np.testing.assert_array_equal(rounded, np.round(mixed))
+    normalized, _ = mixup(KEY, images.astype(np.float32) - 150, 1.0)
+    np.testing.assert_allclose(normalized, mixed - 150, atol=1e-4)
     assert data.partners(jnp.array([5, 6, 7])).tolist() == [7, 5, 6]
     many = mixup(KEY, np.zeros((4000, 1, 1, 1), np.float32), 0.2)[1]
     np.testing.assert_allclose(many.mean(), 0.5, atol=0.03)

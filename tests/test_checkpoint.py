@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, damage that is always noticed, and kills that lose nothing."""
 
+import hashlib
 import inspect
 import json
 import logging
@@ -313,6 +314,23 @@ def test_swapped_leaves_and_foreign_metadata_are_refused(tmp_path):
     for change in ({'metadata': {'lr': 1}}, {'leaves': {}}, {'format': 'jaxkd-9'}):
         file.write_text(json.dumps({**document, **change}))
         with pytest.raises(CheckpointError, match='SHA-256'):
+            checkpoint.read(b)
+    leaf = document['leaves']['w']
+    for change in (  # by somebody who can compute a hash
+        {'leaves': []},
+        {'leaves': {'w': leaf | {'dtype': 'bogus'}}},
+        {'leaves': {'w': leaf | {'dtype': 'object'}}},
+        {'leaves': {'w': leaf | {'shape': [-1, 3]}}},
+        {'leaves': {'w': leaf | {'shape': 'abc'}}},
+        {'leaves': {'w': {'shape': [4]}}},
+        {'metadata': [1]},
+        {'metadata': None},
+    ):
+        forged = {name: part for name, part in document.items() if name != 'sha256'} | change
+        text = json.dumps(forged, sort_keys=True, separators=(',', ':'))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        file.write_text(json.dumps(forged | {'sha256': digest}))
+        with pytest.raises(CheckpointError, match='none that jaxkd writes'):
             checkpoint.read(b)
     file.write_text('[1, 2]')
     with pytest.raises(CheckpointError, match='not written by jaxkd'):

@@ -170,7 +170,9 @@ def resnet_file(tmp_path, monkeypatch):
     right = numbers(abstract(RESNET))
     tensors = convert.to_torch(right, RESNET)
     tensors['bn1.num_batches_tracked'] = np.array(7)
-    safetensors.save_file({f'module.{name}': x for name, x in tensors.items()}, 'r.safetensors')
+    safetensors.save_file(
+        {f'_orig_mod.module.{name}': x for name, x in tensors.items()}, 'r.safetensors'
+    )
     return right
 
 
@@ -224,6 +226,8 @@ def test_settings_that_no_weights_tell(tmp_path, monkeypatch, capsys, file, sett
             r"9 classes, and the ResNet 5: .*--arguments=\"\{'num_classes': 9\}\"",
         ),
         (lambda t: t.update({'fc.bias': np.ones(5, np.int8)}), 'fc.bias is int8'),
+        (lambda t: t.update({'fc.bias': np.full(5, np.nan, np.float32)}), 'fc.bias has .* finite'),
+        (lambda t: t.update({'fc.bias': np.full(5, 1e300)}), 'fc.bias has .* finite .* float32'),
         (lambda t: [t.pop(name) for name in list(t)], 'none at all'),
     ],
 )

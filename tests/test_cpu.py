@@ -113,6 +113,7 @@ def convolutions(draw):
         ((2, 5, 1, 3), (2, 1), (1, 3), 'VALID', (3, 1)),
         ((2, 7, 3), (5,), (2,), 'SAME_LOWER', (1,)),
         ((2, 9, 8, 16), (3, 2), (2, 1), 'SAME', (1, 2)),
+        ((0, 4, 4, 16), (1, 1), (1, 1), 'SAME', (1, 1)),
     ],
 )
 def test_matrix_products_equal_lax(shape, kernel, strides, padding, dilation):

@@ -337,6 +337,8 @@ def test_what_needs_data_says_how_to_give_it(criterion):
     x = jnp.ones((2, 2))
     with pytest.raises(errors.ConfigError, match=r'loss.*scalar.*\[2, 1\]'):
         function(graph, variables, Evidence(Line().apply, [x]))
+    with pytest.raises(errors.ConfigError, match='loss.*scalar alone, not a tuple'):
+        function(graph, variables, Evidence(lambda v, x: (Line().apply(v, x).mean(), {}), [x]))
     broken = Evidence(lambda v, x: Line().apply(v, x).mean(), [x * jnp.nan])
     with pytest.raises(errors.ConfigError, match=f"'{criterion}'.*not finite"):
         function(graph, variables, broken)

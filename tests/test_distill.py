@@ -157,6 +157,15 @@ def test_formulas(name):
 
 
 @pytest.mark.parametrize('name', CASES)
+def test_half_precision_is_computed_in_float32(name):
+    loss, _, (student, teacher) = CASES[name]
+    half = jnp.float16(student), jnp.float16(teacher)
+    values = loss(*half)
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, loss(*map(jnp.float32, half)))
+
+
+@pytest.mark.parametrize('name', CASES)
 def test_no_gradient_flows_to_the_teacher(name):
     loss, _, (student, teacher) = CASES[name]
     arrays = jnp.float32(student), jnp.float32(teacher)
@@ -177,6 +186,27 @@ def test_gradients_are_numbers_where_nothing_differs_or_all_is_zero(name):
     for other in (jnp.float32(teacher), jnp.zeros(teacher.shape)):
         value, gradient = jax.value_and_grad(lambda s, t=other: loss(s, t).sum())(zeros)
         assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_masked_classes_add_nothing():
+    """Of a class that has no probability, 0 · log 0 is 0: in the value and in its gradient."""
+    teacher, labels = jnp.array([[0.5, 2.0, -jnp.inf]]), jnp.array([0])
+    losses = (
+        lambda s, t: distill.hinton(s, t, 3.0).sum(),
+        lambda s, t: distill.dkd(s, t, labels).sum(),
+        lambda s, t: distill.distillation(s, t, labels).sum(),
+    )
+    for loss in losses:  # as if there were no such class
+        value, slope = jax.value_and_grad(loss)(jnp.array([[1.0, 2.0, -jnp.inf]]), teacher)
+        rest, slope_of_rest = jax.value_and_grad(loss)(jnp.array([[1.0, 2.0]]), teacher[:, :2])
+        np.testing.assert_allclose(value, rest, rtol=1e-5)
+        np.testing.assert_allclose(slope, [[*slope_of_rest[0], 0.0]], rtol=1e-5, atol=1e-7)
+
+    student = jnp.array([[1.0, 2.0, 3.0]])  # which knows the class
+    p, q = _softmax(np.array(teacher) / 3.0), _softmax(np.array(student) / 3.0)
+    value, slope = jax.value_and_grad(losses[0])(student, teacher)
+    np.testing.assert_allclose(value, 9.0 * _kl(p[0, :2], q[0, :2]), rtol=1e-5)
+    np.testing.assert_allclose(slope, 3.0 * (q - p), rtol=1e-5)
 
 
 def test_decoupled_by_hand():
@@ -218,6 +248,13 @@ def test_relations_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     closer = jnp.log(jnp.array([[0.4, 0.32, 0.28]]))  # 0.4 · p + 0.2
     np.testing.assert_allclose(distill.dist(closer, logits, gamma=0.0), [0.0], atol=1e-6)
+
+
+def test_relations_of_many_classes_and_of_one_example():
+    """Of most classes no example has more than a trace; of one example there is no relation."""
+    logits = 10 * jax.random.normal(jax.random.key(0), (8, 1000))
+    np.testing.assert_allclose(distill.dist(logits, logits), np.zeros(8), atol=1e-5)
+    np.testing.assert_allclose(distill.dist(logits[:1], logits[:1]), [1.0], atol=1e-5)
 
 
 def test_standardized_by_hand():

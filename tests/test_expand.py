@@ -153,6 +153,8 @@ def test_what_cannot_be_widened_is_said():
         jaxkd.expand(graph, variables, keep, flops=7_310)
     with pytest.raises(jaxkd.ConfigError, match='give flops='):
         jaxkd.expand(graph, variables, keep)
+    with pytest.raises(jaxkd.ConfigError, match='noise is nan'):
+        jaxkd.expand(graph, variables, keep, flops=8_000, noise=np.nan)
     with pytest.raises(jaxkd.GraphError, match="'head' cannot be widened: network output"):
         widen.widen(graph, variables, {'head': np.full(5, 2)})
     with pytest.raises(jaxkd.GraphError, match='whole numbers'):

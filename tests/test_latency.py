@@ -234,6 +234,9 @@ def test_without_measurements_latency_is_refused():
             jaxkd.select(graph, scores, latency=budget)
     with pytest.raises(jaxkd.ConfigError, match=r'call.*jaxkd.with_latency'):
         graph.price(None, 'latency')
+    for batch_size in (0, -1):
+        with pytest.raises(jaxkd.ConfigError, match='batch_size is'):
+            jaxkd.with_latency(graph, batch_size=batch_size)
     keep = jaxkd.select(graph, scores, flops=0.5, latency=1.0)  # 1 sets no limit
     assert graph.cost(keep).flops <= 0.5 * graph.cost().flops
 

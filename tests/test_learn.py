@@ -312,6 +312,14 @@ def test_a_closed_channel_is_gone_whatever_its_gate(norms, kind, closed):
     np.testing.assert_allclose(before, after, rtol=1e-5)
 
 
+def test_a_loss_in_half_precision(teacher):
+    half = lambda *args: loss(*args)[0].astype(jnp.bfloat16)  # noqa: E731
+    result = jaxkd.learn_structure(
+        MODEL, teacher, half, batches(), IMAGES, steps=2, flops=0.5, train=False
+    )
+    assert result.loss.dtype == np.float32 and np.isfinite(result.loss).all()
+
+
 def test_gates_are_carried_folded_and_cut_with_the_parameters():
     model = Net(('batch', '', ''))
     variables = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
@@ -353,9 +361,9 @@ class Eight(nn.Module):
 
 
 def test_what_cannot_be_searched_is_refused(teacher):
-    def learn(model, variables, source, **budget):
+    def learn(model, variables, source, steps=3, **settings):
         return jaxkd.learn_structure(
-            model, variables, loss, source, IMAGES, steps=3, train=False, **budget
+            model, variables, loss, source, IMAGES, steps=steps, train=False, **settings
         )
 
     linear = nn.Dense(10)
@@ -382,6 +390,12 @@ def test_what_cannot_be_searched_is_refused(teacher):
         )
     with pytest.raises(jaxkd.ConfigError, match='gates is .norms.*did you mean norm'):
         learn(MODEL, teacher, batches(), flops=0.5, gates='norms')
+    for ramp in (np.nan, 3.0, -1.0):
+        with pytest.raises(jaxkd.ConfigError, match='ramp is .* share'):
+            learn(MODEL, teacher, batches(), flops=0.5, ramp=ramp)
+    for steps in (2.5, -1):
+        with pytest.raises(jaxkd.ConfigError, match='steps is .* int'):
+            learn(MODEL, teacher, batches(), flops=0.5, steps=steps)
     with pytest.raises(jaxkd.ConfigError, match='coupling is .sum.* max, mean, l2'):
         learn(MODEL, teacher, batches(), flops=0.5, coupling='sum')
     with pytest.raises(jaxkd.ConfigError, match='ended after 2 of 3 steps'):

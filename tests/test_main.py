@@ -402,6 +402,9 @@ def test_models_from_outside_are_handed_in(tmp_path):
     class Mine(layers.ConvBN):
         """A class that the registry does not know."""
 
+    class Other(layers.ConvBN):
+        """With variables of the same names and shapes."""
+
     model = Mine(8, 3)
     image = np.ones((1, 8, 8, 3), np.float32)
     variables = {'params': {}, **model.init(jax.random.key(0), image)}
@@ -418,6 +421,11 @@ def test_models_from_outside_are_handed_in(tmp_path):
     with pytest.raises(jaxkd.CheckpointError, match=r'stride \(1 there, 2 now\); make the model'):
         jaxkd.load(tmp_path / 'small', model=Mine(8, 3, stride=2))
     jaxkd.load(tmp_path / 'small', model=Mine(8, 3, activation=jax.nn.gelu))
+    with pytest.raises(jaxkd.CheckpointError, match='Mine, and the model .* of the class Other'):
+        jaxkd.load(tmp_path / 'small', model=Other(8, 3))
+    for wrong in (Mine, 3):
+        with pytest.raises(jaxkd.ConfigError, match='model is .* not its class'):
+            jaxkd.load(tmp_path / 'small', model=wrong)
 
 
 def test_a_file_runs_nothing_and_writes_nowhere(tmp_path):
@@ -435,6 +443,7 @@ def test_a_file_runs_nothing_and_writes_nowhere(tmp_path):
         ({'model': 'os:system'}, 'TypeError'),
         ({'widths': ['conv']}, 'AttributeError'),
         ({'groups': None, 'code': 'print()'}, 'TypeError'),
+        ({'widths': {'conv': {'kernel': 'abc'}}}, 'not of the widths'),
     ):
         checkpoint.write(forged, tree, metadata | {'structure': metadata['structure'] | change})
         with pytest.raises(jaxkd.CheckpointError) as refused:

@@ -273,6 +273,19 @@ def test_what_cannot_be_asked(chain):
     scores = {'one': np.ones(4), 'two': np.ones(6)}
     with pytest.raises(errors.BudgetError, match=r'cannot be reached.*blocks one'):
         selecting.select(graph, scores, flops=0.2, blocks=[('one', {'min_keep': 4}), ('two', {})])
+    for way, known, limits in (
+        ('round_to=4', scores, {'round_to': 4}),
+        ('min_keep=0.9', scores, {'min_keep': 0.9}),
+        ('groups without a score two', {'one': scores['one']}, {}),
+        ('frozen groups ', scores, {}),
+        (
+            'blocks one, min_keep=2, round_to=4',
+            scores,
+            {'blocks': [('one', {'min_keep': 4})], 'min_keep': 2, 'round_to': 4},
+        ),
+    ):
+        with pytest.raises(errors.BudgetError, match=f'in the way: {way}'):
+            selecting.select(graph, known, flops=2, **limits)
     with pytest.raises(errors.ConfigError, match='matches no channel group.*one, two'):
         blocks.resolve(graph, [('conv9', {})])
     with pytest.raises(errors.ConfigError, match='did you mean strength'):
@@ -284,6 +297,14 @@ def test_what_cannot_be_asked(chain):
             blocks.resolve(graph, [('one', {'strength': wrong})])
     with pytest.raises(errors.ConfigError, match='a float is a share'):
         blocks.resolve(graph, [('one', {'min_keep': np.float32(3)})])
+    for wrong in (np.nan, 'a', 2.5, True, -1):
+        with pytest.raises(errors.ConfigError, match='min_keep is'):
+            selecting.select(graph, scores, min_keep=wrong)
+    for wrong in ({'three': np.ones(4)}, {'one': ['a', 'b', 'c', 'd']}, {'one': np.ones(3)}):
+        with pytest.raises(errors.ConfigError, match='scores'):
+            selecting.select(graph, scores | wrong)
+    with pytest.raises(errors.ConfigError, match='held is .three.*one, two'):
+        selecting.select(graph, scores, held={'three': np.ones(4, bool)})
     for same in (0.5, np.float32(0.5), 2, np.int64(2)):
         assert blocks.resolve(graph, [('one', {'min_keep': same})])['one'].least == 2
     for wrong in (0, -0.5, 'half', True, np.nan, np.inf, np.float32(np.nan), np.bool_(True)):
@@ -348,7 +369,7 @@ def test_select_rounds():
     graph, _ = _wide()
     rng = np.random.default_rng(0)
     scores = {g.name: rng.uniform(0, 1, g.size) for g in graph.groups if not g.frozen}
-    keep = selecting.select(graph, scores, flops=0.5, round_to=8)
+    keep = selecting.select(graph, scores, flops=0.5, round_to=np.int64(8))
     assert graph.cost(keep).flops <= 0.5 * graph.cost().flops
     for name in scores:
         number = int(keep[name].sum())

@@ -86,7 +86,8 @@ def read(
 
     Raises:
       CheckpointError: what is there is something else, lacks variables, has others or ones of other
-        shapes (it names some), or needs a model with other settings (it says which).
+        shapes (it names some), needs a model with other settings (it says which), or has numbers
+        that are not finite (it says where).
       ConfigError: a package is missing, or `fresh` is found in all paths.
     """
     path = pathlib.Path(path)
@@ -139,12 +140,17 @@ def find(path: pathlib.Path, model: nn.Module, variables: Any, fresh: str | None
         tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
         stored = {name: leaf for name, leaf in stored.items() if name not in unread}
     _check(path, model, source, tensors, stored, shapes)
-    flat = {
-        name: layouts.to_ours(stored[tensor.name], tensor.order, shapes[name].shape).astype(
-            shapes[name].dtype
-        )
-        for name, tensor in tensors.items()
-    }
+    with np.errstate(over='ignore'):  # which the next lines refuse
+        flat = {
+            name: layouts.to_ours(stored[tensor.name], tensor.order, shapes[name].shape).astype(
+                shapes[name].dtype
+            )
+            for name, tensor in tensors.items()
+        }
+    for name, leaf in flat.items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+            why = f'{tensors[name].name} has values that are no finite numbers in {leaf.dtype}'
+            raise CheckpointError(path, why)
     possible = None
     if known is not None:
         possible = (known,)
@@ -339,10 +345,16 @@ def _prefixed(stored: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray
     without what Flax lacks."""
     stored = {name: leaf for name, leaf in stored.items() if not name.endswith(_IGNORED)}
     yield stored
-    for prefix in ('module.', '_orig_mod.'):
-        if all(name.startswith(prefix) for name in stored):
-            stored = {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
-            yield stored
+    # In any order, as often as a module was wrapped.
+    while stored and (prefix := _prefix(stored)):
+        stored = {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
+        yield stored
+
+
+def _prefix(stored: Collection[str]) -> str:
+    """Which of the prefixes all names have; '' for none."""
+    prefixes = ('module.', '_orig_mod.')
+    return next((one for one in prefixes if all(name.startswith(one) for name in stored)), '')
 
 
 def _directory(path: pathlib.Path, variables: Any) -> tuple[dict, names.Settings | None]:

@@ -23,7 +23,8 @@ def pointwise(
     if any(s > 1 for s in strides):
         lhs = lhs[(slice(None), *(slice(None, None, s) for s in strides))]
     flat = lhs.reshape(-1, lhs.shape[-1])
-    return _matmul(flat, rhs.reshape(rhs.shape[-2:]), precision).reshape(*lhs.shape[:-1], -1)
+    product = _matmul(flat, rhs.reshape(rhs.shape[-2:]), precision)
+    return product.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
 def dense(

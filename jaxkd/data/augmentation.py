@@ -145,7 +145,7 @@ def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, j
 
     Args:
       key: a JAX random key.
-      images: [n, height, width, channels], uint8 or float.
+      images: [n, height, width, channels], uint8 or float of any range.
       alpha: the share that is an image's own is drawn from Beta(α, α); 0 blends nothing. Static
         under `jax.jit`.
 
@@ -159,7 +159,7 @@ def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, j
         return images, jnp.ones(len(images), jnp.float32)
     share = _beta(jax.random.uniform(key, (len(images),)), alpha)
     own = share[:, None, None, None]
-    return operations.within(images, own * images + (1 - own) * partners(images)), share
+    return operations.like(images, own * images + (1 - own) * partners(images)), share
 
 
 def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
@@ -246,7 +246,7 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
         return operations.saturated(image, 1 + saturation)
 
     changes = strength * (2 * jax.random.uniform(key, (3, len(images))) - 1)
-    return operations.within(images, 255 * jax.vmap(jitter)(images / 255.0, *changes))
+    return operations.within(images, 255 * jax.vmap(jitter)(operations.scaled(images), *changes))
 
 
 def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:

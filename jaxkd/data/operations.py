@@ -36,7 +36,7 @@ def apply(images: jax.Array, kind: jax.Array, strength: jax.Array, sign: jax.Arr
         image = _resampled(image, *_affine(amounts, shape))
         return jax.lax.switch(kind, colours, image, strength, signed)
 
-    changed = jax.vmap(one)(images / 255.0, kind, strength, sign)
+    changed = jax.vmap(one)(scaled(images), kind, strength, sign)
     return within(images, 255 * changed)
 
 
@@ -148,9 +148,18 @@ OPERATIONS = {
 }
 
 
+def scaled(images: jax.Array) -> jax.Array:
+    """Values 0 to 255 in [0, 1], in float32 at least."""
+    return images.astype(jnp.promote_types(images.dtype, jnp.float32)) / 255.0
+
+
 def within(images: jax.Array, values: jax.Array) -> jax.Array:
-    """`values` in the range and of the dtype of `images`."""
-    values = jnp.clip(values, 0, 255)
+    """`values` from 0 to 255, of the dtype of `images`."""
+    return like(images, jnp.clip(values, 0, 255))
+
+
+def like(images: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` of the dtype of `images`."""
     if jnp.issubdtype(images.dtype, jnp.integer):
         values = jnp.round(values)
     return values.astype(images.dtype)

@@ -121,8 +121,11 @@ def with_latency(
       their derivative.
 
     Raises:
+      ConfigError: for a batch size that cannot be.
       GraphError: where the model has other channel groups, or cannot be run, at this batch size.
     """
+    if not errors.is_whole(batch_size) or batch_size < 1:
+        raise errors.ConfigError('batch_size', batch_size, why='it must be an int ≥ 1')
     source = _at_batch_size(graph, batch_size)
     table = Table(_cache_file(cache, batch_size))
     if measure is None:

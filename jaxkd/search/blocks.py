@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import numbers
 import re
@@ -80,9 +80,10 @@ def resolve(graph: Graph, blocks: Blocks = (), min_keep: float = 1) -> dict[str,
       min_keep: of the groups to which no block gives another.
 
     Raises:
-      ConfigError: for a pattern that matches no group, an unknown or impossible setting, and for
-        'auto' where nothing is repeated and `removable` where no branch can go.
+      ConfigError: for a pattern that matches no group, an unknown or impossible setting or
+        `min_keep`, and for 'auto' where nothing is repeated and `removable` where no branch can go.
     """
+    _check_count('min_keep', min_keep)
     known = pairs(graph, blocks)
     used = set()
     limits = {}
@@ -204,21 +205,30 @@ def _check(pattern: str, settings: Mapping[str, Any]) -> None:
             if not isinstance(value, Mapping):
                 why = "it must be a dict of resources, such as {'flops': 0.5}"
                 raise errors.ConfigError(f'{field}.budget', value, why=why)
-        elif not errors.is_number(value) or value < 0:
-            raise errors.ConfigError(f'{field}.{name}', value, why='it must be a number ≥ 0')
-        elif name in ('start', 'end'):
-            if value > 1:
+        elif name in ('min_keep', 'max_keep'):
+            _check_count(f'{field}.{name}', value)
+        else:
+            _check_not_negative(f'{field}.{name}', value)
+            if name in ('start', 'end') and value > 1:
                 raise errors.ConfigError(f'{field}.{name}', value, why='it is a share in [0, 1]')
-        elif not isinstance(value, numbers.Integral) and value > 1 and name != 'strength':
-            raise errors.ConfigError(
-                f'{field}.{name}', value, why='a float is a share in [0, 1]; units are an int'
-            )
     if settings.get('removable') and settings.get('freeze'):
         raise errors.ConfigError(f'{field}.removable', True, why='freeze keeps all of the block')
     start, end = settings.get('start', 0.0), settings.get('end', 1.0)
     if start >= end:
         why = f'it must be less than end, which is {end}'
         raise errors.ConfigError(f'{field}.start', start, why=why)
+
+
+def _check_not_negative(field: str, value: Any) -> None:
+    if not errors.is_number(value) or value < 0:
+        raise errors.ConfigError(field, value, why='it must be a number ≥ 0')
+
+
+def _check_count(field: str, value: Any) -> None:
+    _check_not_negative(field, value)
+    if not isinstance(value, numbers.Integral) and value > 1:
+        why = 'a float is a share in [0, 1]; units are an int'
+        raise errors.ConfigError(field, value, why=why)
 
 
 def _count(value: float, size: int) -> int:
@@ -376,16 +386,16 @@ def least(graph: Graph, limits: Mapping[str, Limits]) -> dict[str, np.ndarray]:
 
 
 def check_reachable(
-    graph: Graph, limits: Mapping[str, Limits], wanted: Sequence[Budget], keep: Keep
+    graph: Graph, wanted: Sequence[Budget], keep: Keep, obstacles: Callable[[], str]
 ) -> None:
-    """Raises BudgetError if even `keep`, the smallest allowed, costs more than a budget."""
+    """Raises BudgetError if even `keep`, the smallest allowed, costs more than a budget.
+
+    It says what stands in the way, which `obstacles` tells.
+    """
     cost = graph.cost(keep)
     for budget in wanted:
         share = budget.share(cost)
         if share * budget.full > budget.most:
-            blocks = sorted({l.block for l in limits.values() if l.block and l.least > 1})
-            stuck = sorted(g.name for g in graph.groups if g.frozen)
-            way = f'blocks {", ".join(blocks)}' if blocks else f'frozen groups {", ".join(stuck)}'
             unit, word = UNITS.get(budget.resource, (1, ''))
             most, rest = (
                 f'{x / unit:,.3f} {word}' if word else f'{x:,.0f}'
@@ -395,5 +405,5 @@ def check_reachable(
             raise errors.BudgetError(
                 f'{budget.resource} of {most} ({budget.most / budget.full:.3f} of the {whole}) '
                 f'cannot be reached: with every limit used up {rest} ({share:.3f}) remain; '
-                f'in the way: {way}'
+                f'in the way: {obstacles()}'
             )

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxkd import errors
 from jaxkd.graph.cost import Cost
 from jaxkd.graph.trace import Graph
 from jaxkd.search import blocks as blocking
@@ -94,9 +93,7 @@ def weigh(
       ConfigError: for what no group is called, and for what `select.checked` refuses.
     """
     groups = {name: len(units) for name, units in state.physical.items()}
-    for name in worth:
-        if name not in groups:
-            raise errors.ConfigError('worth', name, allowed=groups)
+    selecting.check_names('worth', worth, groups)
     worth = {
         name: selecting.checked(f'worth[{name!r}]', score, groups[name])
         for name, score in worth.items()

@@ -432,6 +432,10 @@ def _data(
 
     def loss(variables: Any, batch: Any) -> jax.Array:
         value = evidence.loss(variables, batch)
+        if not jax.tree_util.all_leaves([value]):
+            kind = type(value).__name__
+            why = f'it must return a scalar alone, not a {kind}: evaluation changes no variables'
+            raise errors.ConfigError('loss', evidence.loss, why=why)
         if jnp.shape(value):
             why = f'it must return a scalar, not an array of shape {list(jnp.shape(value))}'
             raise errors.ConfigError('loss', evidence.loss, why=why)

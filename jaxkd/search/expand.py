@@ -79,9 +79,11 @@ def expand(
 
     Raises:
       BudgetError: where what was found costs more than a budget.
-      ConfigError: without any budget, and for budgets, blocks or a rounding that cannot be.
+      ConfigError: without any budget, and for budgets, blocks, rounding or noise that cannot be.
       GraphError: where nothing can be widened, or the network cannot be cut.
     """
+    if not errors.is_number(noise) or noise < 0:
+        raise errors.ConfigError('noise', noise, why='it must be a number ≥ 0')
     asked = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
     asked = {resource: budget for resource, budget in asked.items() if budget is not None}
     budgets = blocking.every_budget(graph, blocks, **asked)

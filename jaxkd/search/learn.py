@@ -72,8 +72,12 @@ def course(
 
     Raises:
       BudgetError: for a budget that cannot be reached.
-      ConfigError: for gates, couplings, blocks or budgets that cannot be.
+      ConfigError: for steps, a ramp, gates, couplings, blocks or budgets that cannot be.
     """
+    if not errors.is_whole(steps) or steps < 0:
+        raise errors.ConfigError('steps', steps, why='it must be an int ≥ 0')
+    if not errors.is_number(ramp) or not 0 <= ramp <= 1:
+        raise errors.ConfigError('ramp', ramp, why='it must be a share in [0, 1]')
     if coupling not in gating.COUPLINGS:
         raise errors.ConfigError('coupling', coupling, allowed=gating.COUPLINGS)
     found = gating.find(graph, gates)
@@ -326,7 +330,7 @@ class Search:
     Raises:
       BudgetError: for a budget that cannot be reached.
       GraphError: for a network that cannot be cut; see `rehearse`.
-      ConfigError: for gates, couplings, blocks, budgets or a worth that cannot be.
+      ConfigError: for steps, a ramp, gates, couplings, blocks, budgets or a worth that cannot be.
     """
 
     def __init__(
@@ -507,7 +511,9 @@ def learn_structure(
 
         (value, changed), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt_state = tx.update(gradients, opt_state, weights, **extra)
-        return optax.apply_updates(weights, updates), {**rest, **changed}, opt_state, value
+        weights = optax.apply_updates(weights, updates)
+        # In float32, because NumPy has none of JAX's half precision.
+        return weights, {**rest, **changed}, opt_state, value.astype(np.float32)
 
     opt_state = tx.init(weights)
     losses, alive = [], []

@@ -9,7 +9,7 @@ that may go whole are a second choice around that one: a branch has units or it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -97,7 +97,7 @@ def select(
     Raises:
       BudgetError: where the limits of groups and blocks, or the rounding, leave more than the
         budget.
-      ConfigError: for scores, budgets or a rounding that cannot be.
+      ConfigError: for scores, budgets, a rounding or a `min_keep` that cannot be.
     """
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
@@ -146,7 +146,7 @@ def floor(
 
 
 def check_round_to(round_to: int) -> None:
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    if not errors.is_whole(round_to) or round_to < 1:
         raise errors.ConfigError('round_to', round_to, why='it must be an int of at least 1')
 
 
@@ -167,11 +167,21 @@ def checked(field: str, score: np.ndarray, size: int) -> np.ndarray:
     Raises:
       ConfigError: for another shape, and for what is not finite or less than 0.
     """
-    score = np.asarray(score, float)
-    if score.shape != (size,) or not np.isfinite(score).all() or (score < 0).any():
+    try:
+        found = np.asarray(score, float)
+    except (TypeError, ValueError):  # words, or rows of different lengths
+        found = np.full(0, np.nan)
+    if found.shape != (size,) or not np.isfinite(found).all() or (found < 0).any():
         why = f'it must be {size} finite numbers ≥ 0, one for each unit of the group'
         raise errors.ConfigError(field, score, why=why)
-    return score
+    return found
+
+
+def check_names(field: str, names: Iterable[str], groups: Collection[str]) -> None:
+    """Refuses what no group is called."""
+    for name in names:
+        if name not in groups:
+            raise errors.ConfigError(field, name, allowed=groups)
 
 
 def rounded(
@@ -210,6 +220,8 @@ def _pose(
       BudgetError: if it has no solution.
     """
     check_round_to(round_to)
+    check_names('scores', scores, graph.by_name)
+    check_names('held', held or (), graph.by_name)
     limits = blocking.resolve(graph, blocks, min_keep)
     for name, units in (held or {}).items():
         # The multiple below, so that what is held costs no more than it does.
@@ -220,8 +232,39 @@ def _pose(
     best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
     problem = _problem(graph, scores, best, limits, budgets, round_to)
     least_levels = np.zeros(len(best), int)
-    blocking.check_reachable(graph, limits, budgets, _kept(problem, best, least_levels))
+    blocking.check_reachable(
+        graph,
+        budgets,
+        _kept(problem, best, least_levels),
+        lambda: _obstacles(graph, scores, blocks, round_to, min_keep, held),
+    )
     return problem, best
+
+
+def _obstacles(
+    graph: Graph,
+    scores: Mapping[str, np.ndarray],
+    blocks: blocking.Blocks,
+    round_to: int,
+    min_keep: float,
+    held: Keep | None,
+) -> str:
+    """What raises the least that groups keep, in words; else the groups that are frozen."""
+    by_blocks = blocking.resolve(graph, blocks)
+    asked = blocking.resolve(graph, blocks, min_keep)
+    multiples = rounded(graph, asked, round_to)
+    free = [group.name for group in graph.groups if not group.frozen and group.name in scores]
+    named = sorted({by_blocks[name].block for name in free if by_blocks[name].least > 1})
+    whole = [g.name for g in graph.groups if not g.frozen and g.name not in scores]
+    found = [
+        f'blocks {", ".join(named)}' if named else '',
+        f'min_keep={min_keep}' if any(asked[n].least > by_blocks[n].least for n in free) else '',
+        f'round_to={round_to}' if any(multiples[n].least > asked[n].least for n in free) else '',
+        f'groups without a score {", ".join(whole)}' if whole else '',
+        'what is held' if held else '',
+    ]
+    frozen = sorted(group.name for group in graph.groups if group.frozen)
+    return ', '.join(filter(None, found)) or f'frozen groups {", ".join(frozen)}'
 
 
 def _kept(

@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
     device.keep_compiled()
     config = _CONFIG.value
     folder = os.path.basename(os.path.normpath(config.data.name))
-    workdir = _WORKDIR.value or os.path.join('runs', folder)
+    # A shell leaves the ~ of --workdir=~/run as it is.
+    workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', folder))
     stops = stopping.Requests()
     try:
         if _DISTRIBUTED.value:

@@ -74,7 +74,7 @@ def finished(
       config, workdir: see `run`.
       say: is told what is damaged.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
 
     def look() -> dict[str, Any] | None:
         found = records.finished(workdir, config, say)
@@ -108,7 +108,7 @@ def run(
       JaxkdError: with one sentence, for whatever the user can set right.
     """
     plan = planning.make_plan(config)
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     with prepared(config, folder, plan, stops=stops, profile=profile) as setup:
         teacher = learn_teachers(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)

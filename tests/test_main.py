@@ -156,7 +156,7 @@ def test_compact_model_is_what_was_reported(finished):
 def test_finished_run_prints_its_summary(finished, environment):
     workdir, done = finished
     start = time.monotonic()
-    again = _run(environment, workdir)
+    again = _run(environment | {'HOME': str(workdir.parent)}, f'~/{workdir.name}')
     assert again.returncode == 0 and 'finished run' in again.stdout
     assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
     assert time.monotonic() - start < 60
@@ -207,11 +207,12 @@ def test_stopped_and_damaged_runs_end_in_the_same_report(finished, environment, 
     assert rows(workdir) == rows(finished[0])
 
 
-def test_a_damaged_result_is_no_finished_run(finished, tmp_path):
+def test_a_damaged_result_is_no_finished_run(finished, tmp_path, monkeypatch):
     workdir, said = tmp_path / 'work', []
     shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns('teacher', 'search'))
     config = ml_collections.ConfigDict(json.loads((workdir / 'report.json').read_text())['config'])
-    found = pipeline.finished(config, workdir, said.append)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    found = pipeline.finished(config, '~/work', said.append)
     assert found['compact'] == json.loads((workdir / 'report.json').read_text())['compact']
     assert not said
     (workdir / 'compact' / 'metadata' / 'metadata').write_text('{')

@@ -497,7 +497,7 @@ def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Ev
     mesh = meshes.alone()
     images = train.batches(
         setup.train._replace(images=None),
-        SMALL_BATCH,
+        min(SMALL_BATCH, setup.train.split.size),
         mesh,
         seed=setup.config.seed,
         start=0,

@@ -136,8 +136,7 @@ def prepared(
     mean, std = hosts.first(lambda: _statistics(config, learning))
     weights = planning.stages(config)
     lengths = [
-        (name, loop.length(loop.settings(config, name), learning.size), weight)
-        for name, weight in weights.items()
+        (name, loop.length(config, name, learning.size), weight) for name, weight in weights.items()
     ]
     full = plan.graph.cost()
     display = watch.Display(lengths, full={'alive_flops': full.flops, 'alive_params': full.params})

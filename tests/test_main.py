@@ -260,6 +260,13 @@ def _refused(environment, workdir, *flags, status=2):
         (['--config=configs/mbv2.py:mnist'], ['mnist', 'fashion_mnist']),
         (['--config=configs/nothing.py'], ['configs/nothing.py']),
         (['--workdirs=x'], ['workdirs']),
+        (['--workdir'], ['Missing value', '--workdir']),
+        (['--config.seed=abc'], ['jaxkd: --config.seed=abc: a whole number']),
+        (['--config.search.epochs=1/2'], ['jaxkd: --config.search.epochs=1/2: a number']),
+        (['--config.data.flip=maybe'], ['jaxkd: --config.data.flip=maybe: True or False']),
+        (['--config.model.arguments=foo'], ['jaxkd: --config.model.arguments=foo: a dict']),
+        (['--config.data.mean=(0.1,'], ['jaxkd: --config.data.mean=(0.1,: a tuple']),
+        (['--processes=2'], ['--processes', '--distributed']),
     ],
 )
 def test_wrong_input_is_one_sentence(environment, tmp_path, flags, words):

@@ -121,6 +121,10 @@ def _parse(arguments: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.to_dict()  # a missing file is an error only when it is used
         return rest
+    except SystemExit as error:
+        # After --help absl ends with 1, which is for what failed.
+        asked = any(re.fullmatch(r'--?(help\w*|\?)', argument) for argument in arguments)
+        sys.exit(0 if asked else error.code)
     except Exception as error:  # a config file is a program: it can raise anything
         print(f'jaxkd: {_explain(error, arguments)}', file=sys.stderr)
         sys.exit(2)

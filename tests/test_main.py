@@ -275,6 +275,11 @@ def test_wrong_input_is_one_sentence(environment, tmp_path, flags, words):
     assert not (tmp_path / 'work').exists()
 
 
+def test_help_is_no_failure(environment, tmp_path):
+    done = _run(environment, tmp_path / 'work', '--help')
+    assert done.returncode == 0 and '--workdir' in done.stdout and not done.stderr
+
+
 def test_workdir_of_another_config(finished, environment):
     before = (finished[0] / 'report.json').read_bytes()
     sentence = _refused(environment, finished[0], '--config.seed=5', '--config.budget.flops=0.25')

@@ -185,6 +185,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     learn.rehearse(graph, limits)
     graph = measured(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
+    if not budgets:
+        _check_unlimited(config, graph)
     weights = _weights(config, model, variables)
     plan = Plan(model, info, graph, limits, budgets, losses, weights)
     # A budget that no choice can meet is refused now.
@@ -379,6 +381,16 @@ def _check_batches(config: ml_collections.ConfigDict) -> None:
             if parts > 1:
                 why += f', times {name}.accumulate, {parts}'
             raise errors.ConfigError(f'{name}.batch_size', size, why=why)
+
+
+def _check_unlimited(config: ml_collections.ConfigDict, graph: tracing.Graph) -> None:
+    """Refuses budgets above what the full network has, where nothing else sets a limit."""
+    for budget in blocking.every_budget(graph, **config.budget):
+        if budget.most > budget.full:
+            asked = config.budget[budget.resource]
+            has = asked * budget.full / budget.most  # in the unit that was asked in
+            why = f'the full network has {has:,.10g}, so that nothing is limited; less is needed'
+            raise errors.ConfigError(f'budget.{budget.resource}', asked, why=why)
 
 
 def _check_alternations(config: ml_collections.ConfigDict, graph: tracing.Graph) -> None:

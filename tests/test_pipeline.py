@@ -67,6 +67,16 @@ def test_numbers_that_cannot_be(field, value, why):
     assert why in refused.value.why
 
 
+def test_budgets_that_limit_nothing_are_refused():
+    config = tiny.get_config()
+    config.budget.update(flops=1.0, params=1e9)
+    params = f'{planning.make_plan(tiny.get_config()).graph.cost().params:,}'
+    with pytest.raises(errors.ConfigError, match=f'budget.params is .* has {params}, so'):
+        planning.make_plan(config)
+    config.budget.params = 1.0
+    assert not planning.make_plan(config).budgets
+
+
 def test_blocks_are_read_as_everywhere_where_searches_alternate():
     config = tiny.get_config()
     config.search.update(expand=True, alternations=2)

@@ -479,7 +479,7 @@ def write_views(folder: pathlib.Path, flags: list[str]) -> None:
     aside.mkdir(parents=True)
     record = workdir.record(config)
     for stage, augmentation in views.items():
-        steps = loop.length(config[stage], learning.size)
+        steps = loop.length(config, stage, learning.size)
         batches = data.Steps(learning.size, config[stage].batch_size, config.seed, 0, steps)
         how = train.Preprocessing(mean, std, config.data.padding, flip, augmentation)
         see = jax.jit(functools.partial(train.training_views, config.seed, preprocessing=how))

@@ -82,7 +82,7 @@ def steps(config: Any, repeats: int) -> dict[str, float]:
         jax.jit(plan.model.init, static_argnames='train')(jax.random.key(0), image, train=False),
         mesh,
     )
-    length = loop.length(config.search, learning.size)
+    length = loop.length(config, 'search', learning.size)
     course = learn.course(plan.graph, steps=length, learning_rate=0.02, **config.budget)
     body = learn.body(course, plan.graph.keep_all())
     paid = penalty.proximal(body.gates, 0.02)

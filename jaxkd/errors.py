@@ -56,14 +56,14 @@ class ConfigError(JaxkdError, ValueError):
 
     def __str__(self) -> str:
         sentence = f'{self.field} is {self.value!r}'
+        names = [str(name) for name in self.allowed or ()]
         if self.allowed is not None:
-            names = [str(name) for name in self.allowed]
             sentence += f', which is not one of {", ".join(names)}'
-            close = difflib.get_close_matches(str(self.value), names, n=1, cutoff=0.5)
-            if close:
-                sentence += f'; did you mean {close[0]}?'
         if self.why is not None:
             sentence += f': {self.why}'
+        close = difflib.get_close_matches(str(self.value), names, n=1, cutoff=0.5)
+        if close:
+            sentence += f'; did you mean {close[0]}?'
         return sentence
 
 

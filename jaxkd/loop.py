@@ -126,10 +126,15 @@ class Work(NamedTuple):
         return self.setup.workdir / self.name
 
 
-def length(config: ml_collections.ConfigDict, size: int) -> int:
+def length(config: ml_collections.ConfigDict, name: str, size: int) -> int:
     """Steps of a stage on `size` training examples."""
-    epochs = config.tune_epochs if config.get('checkpoint') else config.epochs
-    return max(1, round(epochs * train.steps_per_epoch(size, config.batch_size)))
+    own = settings(config, name)
+    epochs = own.tune_epochs if own.get('checkpoint') else own.epochs
+    try:
+        return max(1, round(epochs * train.steps_per_epoch(size, own.batch_size)))
+    except errors.ConfigError as error:
+        field = f'{part(name)}.{error.field}'
+        raise errors.ConfigError(field, error.value, why=error.why) from None
 
 
 def settings(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
@@ -145,7 +150,7 @@ def schedule(setup: Setup, name: str) -> tuple[int, optax.Schedule]:
     """Length of a stage in steps, and its learning rate."""
     config = settings(setup.config, name)
     size = setup.train.split.size
-    steps = length(config, size)
+    steps = length(setup.config, name, size)
     per_epoch = train.steps_per_epoch(size, config.batch_size)
     return steps, train.learning_rate(config, steps, per_epoch)
 

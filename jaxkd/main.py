@@ -9,6 +9,7 @@ failed on the way, 2 refused at the start, 130 stopped by SIGINT (Ctrl-C), 143 s
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 
@@ -48,6 +49,15 @@ _PROFILE = flags.DEFINE_bool(
     'TensorBoard or https://ui.perfetto.dev.',
 )
 
+# Of flags whose values can be wrong, by the type that absl tells of them.
+_WANTED = {
+    'int': 'a whole number',
+    'float': 'a number',
+    'bool': 'True or False',
+    'multi tuple': 'a tuple',
+    'string': 'a dict, such as "{\'width\': 0.5}",',
+}
+
 
 def main(arguments: list[str]) -> int:
     """Runs the pipeline; the exit status, see the top."""
@@ -65,14 +75,16 @@ def main(arguments: list[str]) -> int:
     device.keep_compiled()
     config = _CONFIG.value
     folder = os.path.basename(os.path.normpath(config.data.name))
-    workdir = _WORKDIR.value or os.path.join('runs', folder)
+    # A shell leaves the ~ of --workdir=~/run as it is.
+    workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', folder))
     stops = stopping.Requests()
     try:
         if _DISTRIBUTED.value:
             hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        elif _COORDINATOR.value is not None:
-            why = 'it is for processes that run together: add --distributed'
-            raise errors.ConfigError('--coordinator', _COORDINATOR.value, why=why)
+        for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
+            if flag.value is not None and not _DISTRIBUTED.value:
+                why = 'it is for processes that run together: add --distributed'
+                raise errors.ConfigError(f'--{flag.name}', flag.value, why=why)
         with stops.listening(workdir), hosts.one_voice():
             report = pipeline.finished(config, workdir, _say)
             if report:
@@ -109,6 +121,10 @@ def _parse(arguments: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.to_dict()  # a missing file is an error only when it is used
         return rest
+    except SystemExit as error:
+        # After --help absl ends with 1, which is for what failed.
+        asked = any(re.fullmatch(r'--?(help\w*|\?)', argument) for argument in arguments)
+        sys.exit(0 if asked else error.code)
     except Exception as error:  # a config file is a program: it can raise anything
         print(f'jaxkd: {_explain(error, arguments)}', file=sys.stderr)
         sys.exit(2)
@@ -128,10 +144,22 @@ def _explain(error: BaseException, arguments: list[str]) -> str:
             path = argument.lstrip('-').partition('=')[0]
             if field in path.split('.'):
                 return f'--{path}: there is no field {field!r}. {advice}'.rstrip()
-    if isinstance(error, flags.Error):
-        return words[-1]
+    refused = next((e for e in chain if isinstance(e, flags.Error)), None)
+    if refused and not str(refused).startswith('flag --config='):  # which the file's error ends
+        return _refused(refused)
     config = ' '.join(a for a in arguments if a.startswith('--config'))
     return f'{config}: {words[-1] or type(error).__name__}'
+
+
+def _refused(error: flags.Error) -> str:
+    """What absl refuses of a flag; of a value, what is wanted in its place."""
+    found = re.match('flag --([^=]+)=', str(error))
+    if not found:
+        return str(error)
+    cause = error.__cause__ or error.__context__
+    given = str(error).removeprefix('flag ').removesuffix(f': {cause}')
+    wanted = _WANTED.get(FLAGS[found[1]].flag_type(), 'another value')
+    return f'{given}: {wanted} is wanted'
 
 
 if __name__ == '__main__':

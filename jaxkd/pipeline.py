@@ -53,6 +53,7 @@ from jaxkd.search import blocks as blocking
 from jaxkd.search import control, criteria, learn, penalty, rounds
 from jaxkd.search import expand as expanding
 from jaxkd.search import gates as gating
+from jaxkd.search import select as selecting
 
 # The parts of a config that a teacher does not depend on, and a search.
 AFTER_TEACHER = ('search', 'distil', 'export', 'budget', 'blocks', 'inexact')
@@ -73,7 +74,7 @@ def finished(
       config, workdir: see `run`.
       say: is told what is damaged.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
 
     def look() -> dict[str, Any] | None:
         found = records.finished(workdir, config, say)
@@ -107,10 +108,11 @@ def run(
       JaxkdError: with one sentence, for whatever the user can set right.
     """
     plan = planning.make_plan(config)
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     with prepared(config, folder, plan, stops=stops, profile=profile) as setup:
         teacher = learn_teachers(setup, plan)
         found, expansions = find_structure(setup, plan, teacher)
+        check_budgets(plan, found)
         small = distil(setup, plan, teacher, found)
         hosts.first(lambda: saved.save(setup.workdir / 'compact', small))
         hosts.first(lambda: outcome.write_exports(setup, plan, teacher, small))
@@ -134,8 +136,7 @@ def prepared(
     mean, std = hosts.first(lambda: _statistics(config, learning))
     weights = planning.stages(config)
     lengths = [
-        (name, loop.length(loop.settings(config, name), learning.size), weight)
-        for name, weight in weights.items()
+        (name, loop.length(config, name, learning.size), weight) for name, weight in weights.items()
     ]
     full = plan.graph.cost()
     display = watch.Display(lengths, full={'alive_flops': full.flops, 'alive_params': full.params})
@@ -290,6 +291,23 @@ def find_structure(
         )
         setup.display.message(f'{stage}: widened by {expansion.factor:.3f}')
     return found, expansions
+
+
+def check_budgets(plan: planning.Plan, found: CompactModel) -> None:
+    """Refuses to go on with a network that is above a budget, however it was found.
+
+    Raises:
+      BudgetError: naming the budget and what the network has.
+    """
+    for budget in plan.budgets:
+        if budget.block or budget.resource == 'latency':  # which a run that goes on measures anew
+            continue
+        has = found.structure.compact[budget.resource]
+        if has > budget.most * (1 + selecting.RESOLUTION):
+            raise errors.BudgetError(
+                f'the compact network has {has / budget.full:.3f} of the {budget.resource} of the '
+                f'full one, above its budget of {budget.most / budget.full:.3f}'
+            )
 
 
 def trace_again(
@@ -478,7 +496,7 @@ def evidence(setup: loop.Setup, model: nn.Module, criterion: str) -> criteria.Ev
     mesh = meshes.alone()
     images = train.batches(
         setup.train._replace(images=None),
-        SMALL_BATCH,
+        min(SMALL_BATCH, setup.train.split.size),
         mesh,
         seed=setup.config.seed,
         start=0,

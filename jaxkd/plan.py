@@ -59,6 +59,48 @@ CHOICES = {
     'teacher': {'choose': loop.CHOICES},
 }
 
+_ONE = lambda x: x >= 1, 'it must be ≥ 1'
+_NOT_NEGATIVE = lambda x: x >= 0, 'it must be a number ≥ 0'
+_POSITIVE = lambda x: x > 0, 'it must be a number > 0'
+_SHARE = lambda x: 0 <= x <= 1, 'it must be a share in [0, 1]'
+_PART = lambda x: 0 < x < 1, 'it must lie in (0, 1)'
+_DECAY = lambda x: 0 <= x < 1, 'it must lie in [0, 1)'
+# What the numbers in a config may be, in every part that has them, and what to say of others.
+NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    'seed': (lambda x: 0 <= x < 2**63, 'it must be in [0, 2⁶³)'),
+    'log_every': _ONE,
+    'checkpoint_seconds': _NOT_NEGATIVE,
+    'checkpoint_keep': _ONE,
+    'nan_factor': _PART,
+    'nan_times': _NOT_NEGATIVE,
+    'corrupt_limit': _NOT_NEGATIVE,
+    'padding': _NOT_NEGATIVE,
+    'batch_size': _ONE,
+    'accumulate': _ONE,
+    'epochs': _POSITIVE,
+    'tune_epochs': _NOT_NEGATIVE,
+    'warmup_epochs': _NOT_NEGATIVE,
+    'learning_rate': _POSITIVE,
+    'final_fraction': _SHARE,
+    'momentum': _DECAY,
+    'weight_decay': _NOT_NEGATIVE,
+    'ema_decay': _DECAY,
+    'label_smoothing': _SHARE,
+    'number': _ONE,
+    'alpha': _SHARE,
+    'temperature': _POSITIVE,
+    'rounds': _ONE,
+    'ramp': (lambda x: 0 < x <= 1, 'it must be a share of the search in (0, 1]'),
+    'shrink': _SHARE,
+    'min_keep': _SHARE,
+    'expand_from': _PART,
+    'alternations': _ONE,
+    'round_to': _ONE,
+    'recalibrate': _NOT_NEGATIVE,
+}
+# Of these, those that need not be set.
+OPTIONAL = ('tune_epochs', 'min_keep')
+
 
 class Plan(NamedTuple):
     """What is known before anything is trained.
@@ -106,16 +148,16 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
         for field, allowed in choices.items():
             if config[stage][field] not in allowed:
                 raise errors.ConfigError(f'{stage}.{field}', config[stage][field], allowed=allowed)
-    if config.compute_dtype not in precision.DTYPES:
-        raise errors.ConfigError('compute_dtype', config.compute_dtype, allowed=precision.DTYPES)
+    for field, allowed in (('compute_dtype', precision.DTYPES), ('on_nan', loop.ON_NAN)):
+        if config[field] not in allowed:
+            raise errors.ConfigError(field, config[field], allowed=allowed)
+    _check_numbers(config)
     export.check_formats('export', config.export)
     data.make_augmentation(config.data.augment)
     distil_augmentation(config)
     _check_batches(config)
-    _check_safety(config)
     _check_teacher(config)
     _check_statistics(config, info)
-    _check_expansion(config)
     given = config.model.arguments.to_dict()
     model = network.make(
         config.model.name,
@@ -140,7 +182,10 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     )
     graph = measured(config, learn.rehearse(graph, config.blocks))
     limits = blocking.resolve(graph, config.blocks)
+    _check_alternations(config, graph)
     budgets = blocking.budgets(graph, config.blocks, **config.budget)
+    if not budgets:
+        _check_unlimited(config, graph)
     weights = _weights(config, model, variables)
     plan = Plan(model, info, graph, limits, budgets, losses, weights)
     # A budget that no choice can meet is refused now.
@@ -267,10 +312,18 @@ def _check_network(
         raise errors.ConfigError('model.name', config.model.name, why=why)
 
 
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    parts = {'': config, **{f'{name}.': config[name] for name in ('data', *WEIGHTS)}}
+    for prefix, part in parts.items():
+        for field, (right, why) in NUMBERS.items():
+            value = part.get(field)
+            unset = field not in part or (value is None and field in OPTIONAL)
+            if not unset and not (errors.is_number(value) and right(value)):
+                raise errors.ConfigError(prefix + field, value, why=why)
+
+
 def _check_teacher(config: ml_collections.ConfigDict) -> None:
     teacher = config.teacher
-    if teacher.number < 1:
-        raise errors.ConfigError('teacher.number', teacher.number, why='it must be ≥ 1')
     if teacher.tune_epochs is not None and not teacher.checkpoint:
         why = 'they are for the weights of a teacher.checkpoint; set teacher.epochs'
         raise errors.ConfigError('teacher.tune_epochs', teacher.tune_epochs, why=why)
@@ -291,6 +344,8 @@ def _check_statistics(config: ml_collections.ConfigDict, info: data.Info) -> Non
         if value is not None and len(value) != channels:
             why = f'images of {config.data.name} have {channels} channels'
             raise errors.ConfigError(f'data.{field}', value, why=why)
+        if value is not None and not all(map(errors.is_number, value)):
+            raise errors.ConfigError(f'data.{field}', value, why='each must be a finite number')
     if config.data.std is not None and min(config.data.std) <= 0:
         raise errors.ConfigError('data.std', config.data.std, why='each must be above 0')
 
@@ -320,8 +375,6 @@ def _check_batches(config: ml_collections.ConfigDict) -> None:
     devices = jax.device_count()
     for name in WEIGHTS:
         size, parts = config[name].batch_size, config[name].accumulate
-        if parts < 1:
-            raise errors.ConfigError(f'{name}.accumulate', parts, why='it must be ≥ 1')
         if size % (devices * parts):
             why = f'it must be a multiple of the number of devices, {devices}'
             if parts > 1:
@@ -329,34 +382,27 @@ def _check_batches(config: ml_collections.ConfigDict) -> None:
             raise errors.ConfigError(f'{name}.batch_size', size, why=why)
 
 
-def _check_safety(config: ml_collections.ConfigDict) -> None:
-    if config.on_nan not in loop.ON_NAN:
-        raise errors.ConfigError('on_nan', config.on_nan, allowed=loop.ON_NAN)
-    if not 0 < config.nan_factor < 1:
-        raise errors.ConfigError('nan_factor', config.nan_factor, why='it must lie in (0, 1)')
-    for field, least in (('nan_times', 0), ('checkpoint_keep', 1)):
-        if config[field] < least:
-            raise errors.ConfigError(field, config[field], why=f'it must be ≥ {least}')
+def _check_unlimited(config: ml_collections.ConfigDict, graph: tracing.Graph) -> None:
+    """Refuses budgets above what the full network has, where nothing else sets a limit."""
+    for budget in blocking.every_budget(graph, **config.budget):
+        if budget.most > budget.full:
+            asked = config.budget[budget.resource]
+            has = asked * budget.full / budget.most  # in the unit that was asked in
+            why = f'the full network has {has:,.10g}, so that nothing is limited; less is needed'
+            raise errors.ConfigError(f'budget.{budget.resource}', asked, why=why)
 
 
-def _check_expansion(config: ml_collections.ConfigDict) -> None:
-    search = config.search
-    if not 0 < search.expand_from < 1:
-        why = 'it must be a share of the budgets in (0, 1)'
-        raise errors.ConfigError('search.expand_from', search.expand_from, why=why)
-    if search.alternations < 1:
-        raise errors.ConfigError('search.alternations', search.alternations, why='it must be ≥ 1')
-    if search.alternations > 1 and not search.expand:
+def _check_alternations(config: ml_collections.ConfigDict, graph: tracing.Graph) -> None:
+    if config.search.alternations == 1:
+        return
+    if not config.search.expand:
         why = 'searches alternate with expansions: set search.expand=True'
-        raise errors.ConfigError('search.alternations', search.alternations, why=why)
-    if search.alternations > 1 and not isinstance(config.blocks, str):
-        for pattern, settings in config.blocks:
-            for limit in ('min_keep', 'max_keep'):
-                if isinstance(dict(settings).get(limit), float):
-                    why = (
-                        'groups change their size from one alternation to the next: say how many '
-                        'channels, as an int'
-                    )
-                    raise errors.ConfigError(
-                        f'blocks[{pattern!r}].{limit}', settings[limit], why=why
-                    )
+        raise errors.ConfigError('search.alternations', config.search.alternations, why=why)
+    for pattern, settings in blocking.pairs(graph, config.blocks):
+        for limit in ('min_keep', 'max_keep'):
+            if isinstance(settings.get(limit), float):
+                why = (
+                    'groups change their size from one alternation to the next: say how many '
+                    'channels, as an int'
+                )
+                raise errors.ConfigError(f'blocks[{pattern!r}].{limit}', settings[limit], why=why)

@@ -156,7 +156,7 @@ def test_compact_model_is_what_was_reported(finished):
 def test_finished_run_prints_its_summary(finished, environment):
     workdir, done = finished
     start = time.monotonic()
-    again = _run(environment, workdir)
+    again = _run(environment | {'HOME': str(workdir.parent)}, f'~/{workdir.name}')
     assert again.returncode == 0 and 'finished run' in again.stdout
     assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
     assert time.monotonic() - start < 60
@@ -207,11 +207,12 @@ def test_stopped_and_damaged_runs_end_in_the_same_report(finished, environment, 
     assert rows(workdir) == rows(finished[0])
 
 
-def test_a_damaged_result_is_no_finished_run(finished, tmp_path):
+def test_a_damaged_result_is_no_finished_run(finished, tmp_path, monkeypatch):
     workdir, said = tmp_path / 'work', []
     shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns('teacher', 'search'))
     config = ml_collections.ConfigDict(json.loads((workdir / 'report.json').read_text())['config'])
-    found = pipeline.finished(config, workdir, said.append)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    found = pipeline.finished(config, '~/work', said.append)
     assert found['compact'] == json.loads((workdir / 'report.json').read_text())['compact']
     assert not said
     (workdir / 'compact' / 'metadata' / 'metadata').write_text('{')
@@ -240,7 +241,7 @@ def _refused(environment, workdir, *flags, status=2):
         (["--config.blocks=(('nothing', {'strength': 2.0}),)"], ['nothing', 'stage1_block0/conv1']),
         (["--config.blocks=(('block1/', {'speed': 2.0}),)"], ['speed', 'strength']),
         (['--config.blocks=automatic'], ["'auto'", 'tuple of pairs']),
-        (['--config.teacher.batch_size=100000'], ['batch_size', '100000']),
+        (['--config.search.batch_size=100000'], ['search.batch_size', '100000']),
         (['--config.on_nan=retry'], ['on_nan', 'rollback']),
         (['--config.distil.choose=first'], ['distil.choose', 'best']),
         (["--config.distil.losses=(('dkt', {'beta': 2.0}),)"], ['distil.losses', 'mean dkd']),
@@ -259,12 +260,24 @@ def _refused(environment, workdir, *flags, status=2):
         (['--config=configs/mbv2.py:mnist'], ['mnist', 'fashion_mnist']),
         (['--config=configs/nothing.py'], ['configs/nothing.py']),
         (['--workdirs=x'], ['workdirs']),
+        (['--workdir'], ['Missing value', '--workdir']),
+        (['--config.seed=abc'], ['jaxkd: --config.seed=abc: a whole number']),
+        (['--config.search.epochs=1/2'], ['jaxkd: --config.search.epochs=1/2: a number']),
+        (['--config.data.flip=maybe'], ['jaxkd: --config.data.flip=maybe: True or False']),
+        (['--config.model.arguments=foo'], ['jaxkd: --config.model.arguments=foo: a dict']),
+        (['--config.data.mean=(0.1,'], ['jaxkd: --config.data.mean=(0.1,: a tuple']),
+        (['--processes=2'], ['--processes', '--distributed']),
     ],
 )
 def test_wrong_input_is_one_sentence(environment, tmp_path, flags, words):
     sentence = _refused(environment, tmp_path / 'work', *flags)
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / 'work').exists()
+
+
+def test_help_is_no_failure(environment, tmp_path):
+    done = _run(environment, tmp_path / 'work', '--help')
+    assert done.returncode == 0 and '--workdir' in done.stdout and not done.stderr
 
 
 def test_workdir_of_another_config(finished, environment):

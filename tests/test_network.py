@@ -132,6 +132,7 @@ def test_what_a_function_does_not_name_it_is_not_given(folder):
         ('mine:Counting', {}, "has variables in counts; only those in 'params'"),
         ('yours:Net', {}, 'there is no module yours'),
         ('mine', {}, 'your own is named package.module:function'),
+        ('mobilenet', {}, r': your own is named \S+; did you mean mobilenet_v\d\?$'),
         ('mine:Net', {'model.arguments.depth': 3}, "unexpected .*'depth'; {} for none"),
         ('mine:Net', {'data.mean': (0.5,)}, 'data.std is needed'),
         ('mine:Net', {'data.mean': (0.5, 0.5), 'data.std': (1.0, 1.0)}, 'have 1 channels'),

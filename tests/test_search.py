@@ -17,6 +17,7 @@ from scipy import sparse
 from jaxkd import errors
 from jaxkd.graph import trace as tracing
 from jaxkd.search import blocks, control, criteria, gates, learn, penalty
+from jaxkd.search import rounds as rounding
 from jaxkd.search import select as selecting
 
 
@@ -428,6 +429,14 @@ def test_schedule():
     assert control.schedule(0.0, 0.25) == 1.0
     assert control.schedule(0.5, 0.25) == 0.5
     assert control.schedule(1.0, 0.25) == control.schedule(2.0, 0.25) == 0.25
+
+
+@pytest.mark.parametrize(('steps', 'rounds'), [(7, 1), (7, 3), (3, 7), (1, 4)])
+def test_rounds_end_at_the_budget(steps, rounds):
+    progress = [rounding.due(step, steps, rounds) for step in range(steps)]
+    cuts = [share for share in progress if share is not None]
+    assert len(cuts) == min(steps, rounds) and cuts == sorted(cuts)
+    assert cuts[-1] == 1.0
 
 
 def _decide(graph, state, efforts, budget, progress, **limits):

@@ -20,7 +20,8 @@ from jaxkd.search import select as selecting
 def due(step: int, steps: int, rounds: int) -> float | None:
     """How far down the schedule to cut before step `step`: in (0, 1], or None at most steps."""
     starts = [number * steps // rounds for number in range(rounds)]
-    return (starts.index(step) + 1) / rounds if step in starts else None
+    # Of rounds that begin with the same step, the last.
+    return sum(start <= step for start in starts) / rounds if step in starts else None
 
 
 def cut_down(

@@ -118,27 +118,28 @@ def rehearse(graph: Graph, blocks: blocking.Blocks = ()) -> Graph:
       GraphError: if no group can be cut, or not without the branches that `blocks` let go.
     """
 
-    def rehearsed(graph: Graph) -> Graph:
-        if all(group.frozen for group in graph.groups):
-            raise errors.GraphError(
-                f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
-                'jaxkd.trace(…).frozen'
-            )
-        cut.rehearse(graph)
-        return graph
-
+    if _whole(graph):
+        raise errors.GraphError(
+            f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '
+            'jaxkd.trace(…).frozen'
+        )
     try:
-        graph = rehearsed(graph)
+        cut.rehearse(graph)
     except errors.GraphError:
         settled = settle.settle(graph)
-        if settled is graph:
+        if settled is graph or _whole(settled):
             raise
-        graph = rehearsed(settled)
-        tracing.warn_if_frozen(graph)
+        cut.rehearse(settled)
+        tracing.warn_if_frozen(settled)
+        graph = settled
     limits = blocking.resolve(graph, blocks)
     if gone := [name for name, limit in limits.items() if not limit.least]:
         cut.rehearse(graph, gone)
     return graph
+
+
+def _whole(graph: Graph) -> bool:
+    return all(group.frozen for group in graph.groups)
 
 
 class Body(NamedTuple):

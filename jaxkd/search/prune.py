@@ -87,4 +87,5 @@ def prune(
         settled = settle.settle(graph)
         if settled is graph:
             raise
+    tracing.warn_if_frozen(settled)
     return cut.compact(settled, variables, chosen(settled))

@@ -117,7 +117,6 @@ def rehearse(graph: Graph, blocks: blocking.Blocks = ()) -> Graph:
     Raises:
       GraphError: if no group can be cut, or not without the branches that `blocks` let go.
     """
-
     if _whole(graph):
         raise errors.GraphError(
             f'no channel group of {type(graph.model).__name__} can be cut; see the reasons in '

@@ -430,7 +430,8 @@ def search_structure(
     )
     found = body(end.memory.physical)
     student = learn.whole(found, train.variables(end.state), start)
-    return student, hosts.agreed(learn.choose(found, end.state.params, end.memory))
+    keep = hosts.agreed(learn.choose(found, end.state.params, end.memory))
+    return learn.reopen(course, student, keep, end.memory, start['params']), keep
 
 
 def prune_in_rounds(

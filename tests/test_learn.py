@@ -178,7 +178,8 @@ def test_a_loop_of_ones_own_finds_the_same(teacher):
     keep = search.keep(params)
     assert graph.cost(keep).params <= 0.7 * graph.cost().params
     nets.assert_same(keep, result.keep)
-    nets.assert_same(params, result.variables['params'], 1e-3)
+    found = search.reopen({'params': params, **rest}, keep, teacher['params'])
+    nets.assert_same(found['params'], result.variables['params'], 1e-3)
 
 
 def test_cutting_while_searching_changes_nothing(teacher, capsys, optimized):
@@ -431,3 +432,39 @@ def test_open_gates_make_room_where_they_are_in_the_way():
     assert graph.cost(control.alive(graph, memory)).flops / graph.cost().flops < 0.495
     keep = learn.choose(whole, variables['params'], memory)
     assert 0.495 <= graph.cost(keep).flops / graph.cost().flops <= 0.5
+    # Four give way. The best of all, open or not, would be 23 and 45.
+    assert (keep['Conv_0'].sum(), keep['Conv_1'].sum()) == (28, 43)
+
+
+@pytest.mark.parametrize('norms', [('batch', 'batch', 'batch'), ('batch', '', '')])
+def test_what_only_uses_the_budget_up_can_be_trained(norms):
+    """Half of the open units close in the last step: what they leave is filled up with closed."""
+    model = Net(norms)
+    variables = model.init(jax.random.key(0), jnp.zeros((64, *IMAGES.shape[1:])))
+    graph = jaxkd.trace(model, variables, IMAGES, train=False)
+    search = jaxkd.Search(graph, variables['params'], steps=1, learning_rate=0.1, flops=0.5)
+    params = search.gated(variables['params'])
+    thresholds = {name: jnp.where(np.arange(n) % 3, np.inf, 0) for name, n in graph.sizes.items()}
+    params = gates.shrink(search._course.gates, params, thresholds)
+    search.before(0, params)
+    keep = search.keep(params)
+    assert 0.495 <= graph.cost(keep).flops / graph.cost().flops <= 0.5
+    filled = {name: keep[name] & ~units for name, units in search.alive().items()}
+    assert any(units.any() for units in filled.values())
+
+    found = {**variables, 'params': search.fold(params)}
+    opened = search.reopen(found, keep, variables['params'])
+    nets.assert_same(found['params']['Dense_0'], opened['params']['Dense_0'])
+    batch = next(batches())
+    before, after = (model.apply(v, batch['image']) for v in (found, opened))
+    assert 0 < np.abs(before - after).max() < 0.02 * np.abs(before).max()
+
+    def dead(variables):
+        small = jaxkd.compact(graph, variables, keep)
+        value = lambda p: loss({**small.variables, 'params': p}, batch, small.apply)[0]  # noqa: E731
+        slopes = jax.grad(value)(small.variables['params'])
+        return sum(
+            (np.asarray(slopes[f'Conv_{i}']['kernel']) == 0).all((0, 1, 2)).sum() for i in range(3)
+        )
+
+    assert dead(found) > 0 and not dead(opened)

@@ -45,6 +45,9 @@ INITIAL, SHUT, TOP = 2.5, -float(np.log(9.0)), 5.0
 # under which what the loss says about a channel counts for nothing.
 GAIN = float(np.sqrt(2 * (np.sinh(INITIAL) + INITIAL - np.sinh(SHUT) - SHUT)))
 TEMPERATURE = 0.5
+# What a channel gets back of itself that had gone and stays after all. At exactly zero no gradient
+# would pass the ReLU behind it.
+REOPENED = 0.01
 # Closed logits, and open ones that nothing presses, keep so far away from `SHUT` that rounding in
 # `old + (new - old)` takes none across.
 MARGIN = 1e-3
@@ -260,12 +263,32 @@ def narrow(graph: Graph, gates: Gates, keep: Keep) -> dict[str, Gate]:
 
 def close(gates: Gates, params: Any, keep: Keep) -> Any:
     """Folded parameters, as numpy arrays, with zeros where the gates of removed units have them."""
+    removed = {name: ~keep[name] for name in gates}
+    return _written(gates, params, removed, params, 0.0)
+
+
+def reopen(gates: Gates, params: Any, closed: Keep, start: Any) -> Any:
+    """Folded parameters, as numpy arrays, in which closed units can be trained again.
+
+    Args:
+      gates: what `find` returned.
+      params: of the full network, folded.
+      closed: bool [units] by group name, those that shall have a gate again.
+      start: parameters of the full network in which they were open. The units get `REOPENED` of
+        what closing has taken: too little to change what the network computes.
+    """
+    return _written(gates, params, closed, start, REOPENED)
+
+
+def _written(gates: Gates, params: Any, units: Keep, source: Any, share: float) -> Any:
+    """Parameters in which what closing some units makes zero is a share of that in the source."""
     changed: dict[tuple[str, ...], np.ndarray] = {}
     for name, gate in gates.items():
         for path, axis, positions in gate.closes or _slices(gate.scales):
-            leaf = np.moveaxis(changed.get(path, np.array(_get(params, path))), axis, 0)
-            leaf[positions[~keep[name]]] = 0
-            changed[path] = np.moveaxis(leaf, 0, axis)
+            leaf = changed.setdefault(path, np.array(_get(params, path)))
+            there = positions[units[name]]
+            values = np.moveaxis(np.asarray(_get(source, path)), axis, 0)[there]
+            np.moveaxis(leaf, axis, 0)[there] = share * values if share else 0
     return _replace(params, changed)
 
 

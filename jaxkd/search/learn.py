@@ -266,26 +266,47 @@ def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarr
     """The structure that was found: the units whose gates are open, as far as the budgets allow.
 
     What they leave over of a budget is used up by others: `select.FULL` of it is promised. Where
-    the open gates leave no way to that, some of them give way to others, if with these there is
-    one; else they all stay.
+    the open gates leave no way to that, those that are worth least give way, at most twice as
+    many as have to, if without them there is one; else they all stay.
     """
     course = body.course
-    scores = control.valued(memory, efforts(body, params))
+    graph, scores = course.graph, control.valued(memory, efforts(body, params))
 
     def used(keep: Keep) -> float:
         """The share of the budget that is used up most."""
-        cost = course.graph.cost(keep)
+        cost = graph.cost(keep)
         return max(b.share(cost) * b.full / b.most for b in course.budgets)
 
-    alive = control.alive(course.graph, memory)
+    alive = control.alive(graph, memory)
     if not course.budgets or used(alive) > 1:
         return course.select(scores)
     keep = course.select(scores, held=alive)
-    if used(keep) >= selecting.FULL:
-        return keep
     # In a network of few channels, those that are open can leave no room for any other.
-    other = course.select(scores)
-    return other if used(other) >= selecting.FULL else keep
+    open_ = graph.vector(alive)
+    least = np.argsort(np.where(open_, graph.vector(scores), np.inf), kind='stable')
+    fewer = 1
+    while used(keep) < selecting.FULL and fewer < 2 * open_.sum():
+        held = open_.copy()
+        held[least[:fewer]] = False
+        other = course.select(scores, held=graph.by_group(held))
+        if used(other) >= selecting.FULL:
+            return other
+        fewer *= 2
+    return keep
+
+
+def reopen(course: Course, variables: Any, keep: Keep, memory: control.State, start: Any) -> Any:
+    """The full network's variables, in which units that are kept though they closed can be trained.
+
+    Args:
+      course: of the search.
+      variables: as it left them; see `whole`.
+      keep: what is kept; see `choose`.
+      memory: what the controller knew at the end.
+      start: parameters of the full network from before it.
+    """
+    units = {name: keep[name] & closed for name, closed in memory.closed.items()}
+    return {**variables, 'params': gating.reopen(course.gates, variables['params'], units, start)}
 
 
 class Search:
@@ -301,10 +322,11 @@ class Search:
             updates, opt_state = tx.update(gradients, opt_state, params, **extra)
             params = optax.apply_updates(params, updates)
         variables = {'params': search.fold(params), …}
-        small = jaxkd.compact(graph, variables, search.keep(params))
+        keep = search.keep(params)
+        small = jaxkd.compact(graph, search.reopen(variables, keep, start), keep)
 
-    `gated` and `fold` change nothing where norms do as gates everywhere, as in most networks with
-    BatchNorm, and may be left out there.
+    Here `start` is what the parameters were at first. `gated` and `fold` change nothing where norms
+    do as gates everywhere, as in most networks with BatchNorm, and may be left out there.
 
     Args:
       graph: of the network that is trained.
@@ -395,6 +417,20 @@ class Search:
     def keep(self, params: Any) -> dict[str, np.ndarray]:
         """The structure that was found: the best units within the budget."""
         return choose(self._body, params, self.memory)
+
+    def reopen(self, variables: Any, keep: Keep, start: Any) -> Any:
+        """The folded variables to be cut to a keep, so that all that it keeps can be trained.
+
+        The budget is used up, if need be by units whose gates have closed. These are at exactly
+        zero, where no gradient would pass the ReLU behind them: they get 1 % of what they were at
+        the start, too little to change what the network computes.
+
+        Args:
+          variables: of the model at the end of the search, 'params' from `fold`.
+          keep: from the method `keep`.
+          start: parameters of the model at the start of the search.
+        """
+        return reopen(self._course, variables, keep, self.memory, start)
 
 
 class SearchResult(NamedTuple):
@@ -534,5 +570,6 @@ def learn_structure(
             )
     found = {'params': search.fold(weights), **rest}
     keep = search.keep(weights)
+    found = search.reopen(found, keep, plain(variables)['params'])
     small = cut.compact(graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))

@@ -27,11 +27,21 @@ COMPUTES = 'the model computes with its width'
 TOGETHER = Frozen('the model fails without some of it and of others', 'several', 'several lines')
 
 
+def works(graph: Graph, keep: Keep) -> bool:
+    """Whether the model's code computes with this keep what it does at full width."""
+    return _problem(graph, graph.complete(keep)) is None
+
+
+def at_random(graph: Graph, seed: int = 0) -> Keep:
+    """A keep that says something of others: where no two widths match but by a rare chance."""
+    return graph.complete(_some(graph, np.random.default_rng(seed)))
+
+
 def settle(graph: Graph) -> Graph:
     """The graph, with the groups frozen that the model's code cannot cut."""
     random = np.random.default_rng(0)
     while True:
-        keep = {g.name: _some(random, g.size) for g in graph.groups if not g.frozen and g.size > 1}
+        keep = _some(graph, random)
         if not keep or _problem(graph, keep) is None:
             return graph
 
@@ -68,10 +78,14 @@ def _frozen(group: ChannelGroup, why: Frozen) -> ChannelGroup:
     )
 
 
-def _some(random: np.random.Generator, size: int) -> np.ndarray:
-    keep = np.ones(size, bool)
-    number = min(max(round(random.uniform(*SHARES) * size), 1), size - 1)
-    keep[random.permutation(size)[:number]] = False
+def _some(graph: Graph, random: np.random.Generator) -> Keep:
+    """A keep with some of every group that can be cut."""
+    keep = {}
+    for group in graph.groups:
+        if not group.frozen and group.size > 1:
+            number = min(max(round(random.uniform(*SHARES) * group.size), 1), group.size - 1)
+            keep[group.name] = np.ones(group.size, bool)
+            keep[group.name][random.permutation(group.size)[:number]] = False
     return keep
 
 

@@ -44,6 +44,7 @@ class Limits:
       some: the least number where `least` is 0 and not all go.
       resource: what the penalty charges for; '' for that of the budget.
       start, end: between which shares of the way down its gates are pressed.
+      avoided: numbers of units that it does not keep, if it can keep another.
     """
 
     block: str
@@ -54,6 +55,7 @@ class Limits:
     resource: str = ''
     start: float = 0.0
     end: float = 1.0
+    avoided: frozenset[int] = frozenset()
 
 
 def resolve(graph: Graph, blocks: Blocks = (), min_keep: float = 1) -> dict[str, Limits]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.graph.trace import Graph, Keep, plain
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, criteria, penalty
+from jaxkd.search import control, criteria, matches, penalty
 from jaxkd.search import gates as gating
 from jaxkd.search import select as selecting
 
@@ -252,7 +252,7 @@ def press(body: Body, step: int, params: Any, memory: control.State) -> control.
             course.graph.amount(course.graph.vector(keep), 'flops')
             for keep in (alive, memory.physical)
         )
-        if left < course.shrink * computed:
+        if left < course.shrink * computed and settle.works(course.graph, alive):
             memory = memory._replace(physical=alive)
     return memory
 
@@ -270,25 +270,38 @@ def choose(body: Body, params: Any, memory: control.State) -> dict[str, np.ndarr
     many as have to, if without them there is one; else they all stay.
     """
     course = body.course
-    graph, scores = course.graph, control.valued(memory, efforts(body, params))
+    scores = control.valued(memory, efforts(body, params))
+    alive = control.alive(course.graph, memory)
+    return matches.apart(
+        course.graph, lambda avoided: _within(course, scores, alive, avoided), scores
+    )
+
+
+def _within(
+    course: Course,
+    scores: Mapping[str, np.ndarray],
+    alive: Keep,
+    avoided: Mapping[str, Collection[int]],
+) -> dict[str, np.ndarray]:
+    """What `choose` keeps where these numbers of units are avoided."""
+    select = functools.partial(course.select, scores, avoided=avoided)
 
     def used(keep: Keep) -> float:
         """The share of the budget that is used up most."""
-        cost = graph.cost(keep)
+        cost = course.graph.cost(keep)
         return max(b.share(cost) * b.full / b.most for b in course.budgets)
 
-    alive = control.alive(graph, memory)
     if not course.budgets or used(alive) > 1:
-        return course.select(scores)
-    keep = course.select(scores, held=alive)
+        return select()
+    keep = select(held=alive)
     # In a network of few channels, those that are open can leave no room for any other.
-    open_ = graph.vector(alive)
-    least = np.argsort(np.where(open_, graph.vector(scores), np.inf), kind='stable')
+    open_ = course.graph.vector(alive)
+    least = np.argsort(np.where(open_, course.graph.vector(scores), np.inf), kind='stable')
     fewer = 1
     while used(keep) < selecting.FULL and fewer < 2 * open_.sum():
         held = open_.copy()
         held[least[:fewer]] = False
-        other = course.select(scores, held=graph.by_group(held))
+        other = select(held=course.graph.by_group(held))
         if used(other) >= selecting.FULL:
             return other
         fewer *= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -13,7 +14,7 @@ from jaxkd.graph import trace as tracing
 from jaxkd.graph.structure import CompactModel
 from jaxkd.graph.trace import Graph, Keep
 from jaxkd.search import blocks as blocking
-from jaxkd.search import criteria
+from jaxkd.search import criteria, matches
 from jaxkd.search import select as selecting
 
 
@@ -77,7 +78,8 @@ def prune(
         scores = criteria.CRITERIA[criterion](graph, variables, evidence)
         within = {**asked, 'blocks': blocks, 'round_to': round_to}
         least = selecting.floor(graph, min_keep, scores=scores, **within)
-        return selecting.select(graph, scores, min_keep=least, **within)
+        select = functools.partial(selecting.select, graph, scores, min_keep=least, **within)
+        return matches.apart(graph, lambda avoided: select(avoided=avoided), scores)
 
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
     graph = blocking.measured(graph, latency, blocks)

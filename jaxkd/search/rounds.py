@@ -3,7 +3,7 @@ https://arxiv.org/abs/1506.02626; one round is one-shot pruning)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxkd.graph import cut
 from jaxkd.graph import trace as tracing
 from jaxkd.graph.trace import Graph, Keep
 from jaxkd.search import blocks as blocking
-from jaxkd.search import control, criteria
+from jaxkd.search import control, criteria, matches
 from jaxkd.search import select as selecting
 
 
@@ -74,7 +74,17 @@ def cut_down(
         graph, min_keep, scores=scores, blocks=blocks, round_to=round_to, **goals
     )
     shares = {resource: control.schedule(progress, goal) for resource, goal in goals.items()}
-    chosen = selecting.select(
-        graph, scores, **shares, blocks=blocks, round_to=round_to, min_keep=least
-    )
-    return {name: units & keep[name] for name, units in chosen.items()}
+
+    def choose(avoided: Mapping[str, Collection[int]]) -> dict[str, np.ndarray]:
+        chosen = selecting.select(
+            graph,
+            scores,
+            **shares,
+            blocks=blocks,
+            round_to=round_to,
+            min_keep=least,
+            avoided=avoided,
+        )
+        return {name: units & keep[name] for name, units in chosen.items()}
+
+    return matches.apart(graph, choose, scores)

@@ -72,6 +72,7 @@ def select(
     round_to: int = 1,
     min_keep: float = 1,
     held: Keep | None = None,
+    avoided: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Keeps the units with the best score for their price, within all budgets at once.
 
@@ -89,6 +90,7 @@ def select(
       min_keep: of the groups to which no block gives another: a float is a share.
       held: groups keep at least as many units as here, or the next number below that the rounding
         allows: whatever is within the budgets can be held.
+      avoided: numbers of units that a group does not keep, by its name.
 
     Returns:
       The keep: at most the budget, and near it: within the cost of a few units. Of a residual
@@ -102,7 +104,7 @@ def select(
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
     )
-    problem, best = _pose(graph, scores, budgets, blocks, round_to, min_keep, held)
+    problem, best = _pose(graph, scores, budgets, blocks, round_to, min_keep, held, avoided)
     return graph.complete(_kept(problem, best, solve(problem)))
 
 
@@ -201,6 +203,8 @@ def rounded(
 def _allowed(group: ChannelGroup, limit: blocking.Limits, round_to: int) -> np.ndarray:
     """How many units the group may keep, unless it goes whole: int [levels], rising."""
     numbers = np.arange(limit.least or limit.some, limit.most + 1)
+    free = numbers[~np.isin(numbers, list(limit.avoided))]
+    numbers = free if len(free) else numbers
     multiples = numbers[(numbers % step(group, round_to) == 0) | (numbers == group.size)]
     return multiples if len(multiples) else numbers[-1:]  # limits between two multiples
 
@@ -213,6 +217,7 @@ def _pose(
     round_to: int,
     min_keep: float,
     held: Keep | None = None,
+    avoided: Mapping[str, Collection[int]] | None = None,
 ) -> tuple[Problem, dict[str, np.ndarray]]:
     """The problem that these limits make, and the units of each group, best first.
 
@@ -222,7 +227,10 @@ def _pose(
     check_round_to(round_to)
     check_names('scores', scores, graph.by_name)
     check_names('held', held or (), graph.by_name)
+    check_names('avoided', avoided or (), graph.by_name)
     limits = blocking.resolve(graph, blocks, min_keep)
+    for name, numbers in (avoided or {}).items():
+        limits[name] = dataclasses.replace(limits[name], avoided=frozenset(numbers))
     for name, units in (held or {}).items():
         # The multiple below, so that what is held costs no more than it does.
         numbers = _allowed(graph.by_name[name], limits[name], round_to)

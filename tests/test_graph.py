@@ -711,7 +711,9 @@ def test_variables_that_are_not_used_are_not_cut():
             return nn.Dense(2, name='head')(x.mean((1, 2)))
 
     model = Auxiliary()
-    graph = jaxkd.trace(model, variables_of(model, IMAGES, train=True), IMAGES)
+    variables = variables_of(model, IMAGES, train=True)
+    with pytest.warns(UserWarning, match='its layers auxiliary as .*train that without them'):
+        graph = jaxkd.trace(model, variables, IMAGES)
     unused = [f for f in graph.frozen if f.group.startswith('auxiliary')]
     assert len(unused) == 4 and {f.reason for f in unused} == {'not used when traced'}
 

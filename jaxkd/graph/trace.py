@@ -27,6 +27,8 @@ from jaxkd.graph import table as tables
 
 Keep = costs.Keep
 INEXACT = ('freeze', 'allow')
+# Of variables that the traced program does not read.
+IDLE = 'not used when traced'
 
 
 class Member(NamedTuple):
@@ -344,7 +346,7 @@ def trace(
 
     read = {id(atom) for eqn in rules.live(jaxpr.jaxpr) for atom in eqn.invars}
     read.update(map(id, jaxpr.jaxpr.outvars))
-    idle = names.Frozen('not used when traced', 'input', 'the variables')
+    idle = names.Frozen(IDLE, 'input', 'the variables')
     for var, axes in zip(jaxpr.jaxpr.invars, by_leaf, strict=True):
         if id(var) not in read:  # such as the layers of an auxiliary loss, traced without it
             for axis in axes:
@@ -382,6 +384,7 @@ def trace(
 
         graph = settle.settle(graph)
     warn_if_frozen(graph)
+    _warn_if_idle(graph)
     return graph
 
 
@@ -724,6 +727,24 @@ def _polynomial(
     )
     polynomial = costs.Polynomial(tuple(forms), tuple(term for _, term in terms), lives)
     return polynomial, tuple(operations)
+
+
+def _warn_if_idle(graph: Graph) -> None:
+    """Says which layers have parameters that the network does not use as it was traced."""
+    layers = {
+        '/'.join(graph.keys_of[member.path][1:-1])
+        for group in graph.groups
+        if group.frozen == IDLE
+        for member in group.members
+        if graph.keys_of[member.path][0] == 'params'
+    }
+    if layers:
+        warnings.warn(
+            f'{type(graph.model).__name__} does not use its layers {", ".join(sorted(layers))} as '
+            'it was traced. They are never cut, so where it does use them (an auxiliary head, with '
+            'train=True) they do not fit a network that was cut: train that without them',
+            stacklevel=3,
+        )
 
 
 def warn_if_frozen(graph: Graph) -> None:

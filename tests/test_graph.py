@@ -234,6 +234,13 @@ def test_batch_is_not_in_the_cost():
     assert costs[0] == costs[1]
 
 
+def test_a_batch_that_the_model_fixes():
+    model = Net(lambda x: nn.Dense(10)(conv(8, name='stem')(x).reshape(4, -1)))
+    images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    graph = jaxkd.trace(model, variables_of(model, images), images)
+    assert jaxkd.verify(graph, keep_first(stem=(5, 8))) < 1e-5
+
+
 def test_a_tiled_token_does_not_bring_the_batch_into_the_cost():
     def body(x):
         x = conv(8)(x).reshape(x.shape[0], -1, 8)

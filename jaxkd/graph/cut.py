@@ -212,7 +212,10 @@ def rehearse(graph: Graph, gone: Collection[str] = (), *, seed: int = 0) -> None
 
 
 def random_arguments(graph: Graph, seed: int) -> tuple[Any, Any]:
-    """Variables and inputs of the full network; two examples say as much as a large batch."""
+    """Variables and inputs of the full network; two examples say as much as a large batch.
+
+    Inputs that are not batched throughout, and models that fix the batch, stay as they are.
+    """
     random = np.random.default_rng(seed)
     variables = {
         collection: jax.tree.map(functools.partial(random_leaf, random), tree)
@@ -220,10 +223,24 @@ def random_arguments(graph: Graph, seed: int) -> tuple[Any, Any]:
         else jax.tree.map(functools.partial(_random_statistic, random), tree)
         for collection, tree in graph.variables.items()
     }
+    inputs = jax.tree.map(functools.partial(_random_input, random), _few(graph))
+    return variables, inputs
+
+
+def _few(graph: Graph) -> Any:
+    """The shapes of the inputs, with two examples where the model can do with them."""
     outputs = graph.program.out_avals[: graph.outputs]
     leading = {leaf.shape[:1] for leaf in (*jax.tree.leaves(graph.inputs), *outputs)}
-    few = 2 if len(leading) == 1 else None  # what is not batched throughout stays as it is
-    return variables, jax.tree.map(lambda leaf: _random_input(random, leaf, few), graph.inputs)
+    if len(leading) > 1 or leading <= {(), (0,), (1,), (2,)}:
+        return graph.inputs
+    few = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), graph.inputs
+    )
+    try:
+        jax.eval_shape(outputs_of(graph.model, graph.apply_kwargs), graph.variables, few)
+    except Exception:  # whatever the model's code may raise
+        return graph.inputs
+    return few
 
 
 def _run_compact(
@@ -338,12 +355,8 @@ def _random_statistic(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -
     return random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
 
-def _random_input(
-    random: np.random.Generator, leaf: jax.ShapeDtypeStruct, most: int | None
-) -> np.ndarray:
+def _random_input(random: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     shape = leaf.shape
-    if most and shape:
-        shape = (min(shape[0], most), *shape[1:])
     if jnp.issubdtype(leaf.dtype, jnp.integer):  # pixels; indices of what has two rows at least
         pixels = leaf.dtype == np.uint8
         return random.integers(256 if pixels else 2, size=shape).astype(leaf.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from flax import linen as nn
 
-from jaxkd import errors, network, saved
+from jaxkd import device, errors, network, saved
 from jaxkd.graph.structure import CompactModel
 
 
@@ -111,5 +111,11 @@ def run(work: Callable[[argparse.Namespace], None], flags: argparse.Namespace) -
         print(f'jaxkd: {" ".join(str(error).split())}', file=sys.stderr)
         return 2 if isinstance(error, errors.ConfigError) else 1
     except KeyboardInterrupt:
+        print('jaxkd: stopped', file=sys.stderr)
         return 130
+    except Exception:
+        if not (sentence := device.missing()):
+            raise
+        print(f'jaxkd: {sentence}', file=sys.stderr)
+        return 2
     return 0

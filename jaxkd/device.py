@@ -56,6 +56,20 @@ def keep_compiled() -> None:
     jax.config.update('jax_compilation_cache_max_size', COMPILED_BYTES)
 
 
+def missing() -> str | None:
+    """What to do where JAX has no device to compute on; None where it has one."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that it found one
+        asked = os.environ.get('JAX_PLATFORMS', '')
+        return (
+            f'JAX has no device for JAX_PLATFORMS={asked!r}'
+            + (f': {" ".join(str(error).split())}' if str(error) else '')
+            + '; unset it, or install JAX for that device, such as jax[cuda13] or jax[tpu]'
+        )
+    return None
+
+
 def jit_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit` of what runs once: compiled in a third of the time on a CPU, to run slower there.
 

@@ -105,6 +105,8 @@ def main(arguments: list[str]) -> int:
         whole = f'what is in {workdir} is whole, and the same command goes on from there'
         return hosts.leave(1, f'jaxkd: {error}; {whole}')
     except Exception:
+        if sentence := device.missing():
+            return hosts.leave(2, f'jaxkd: {sentence}')
         if not hosts.several():
             raise
         return hosts.leave(1, traceback.format_exc())

@@ -301,7 +301,7 @@ def test_prepare_refuses_damaged_files_and_leaves_nothing(damage, words, tmp_pat
     damage(tmp_path / 'idx' / 'train-images-idx3-ubyte.gz')
     status, printed, complaints = prepare(tmp_path / 'idx', tmp_path / 'data', capsys)
     assert status == 1 and printed == ''
-    assert complaints.startswith('error: ') and complaints.count('\n') == 1
+    assert complaints.startswith('jaxkd: ') and complaints.count('\n') == 1
     with pytest.raises(AssertionError, match=words):  # pytest shows the text when it differs
         raise AssertionError(complaints)
     assert not (tmp_path / 'data').exists()

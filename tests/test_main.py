@@ -280,6 +280,20 @@ def test_help_is_no_failure(environment, tmp_path):
     assert done.returncode == 0 and '--workdir' in done.stdout and not done.stderr
 
 
+def test_a_platform_without_a_device_is_named(finished, environment, tmp_path):
+    benchmark = [sys.executable, '-m', 'jaxkd.benchmark', str(finished[0])]
+    for command in (_command(tmp_path), benchmark):
+        done = subprocess.run(
+            command,
+            env=environment | {'JAX_PLATFORMS': 'abacus'},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert re.search(r"^jaxkd: JAX has no device .*='abacus'.*; unset it", done.stderr, re.M)
+
+
 def test_workdir_of_another_config(finished, environment):
     before = (finished[0] / 'report.json').read_bytes()
     sentence = _refused(environment, finished[0], '--config.seed=5', '--config.budget.flops=0.25')

@@ -95,9 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _prepare(chosen.name, chosen.source, chosen.data_dir)
     except JaxkdError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'jaxkd: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('stopped; nothing was prepared', file=sys.stderr)
+        print('jaxkd: stopped; nothing was prepared', file=sys.stderr)
         return 130
     return 0

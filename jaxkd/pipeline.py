@@ -61,6 +61,8 @@ AFTER_SEARCH = ('distil', 'export')
 AFTER_DISTIL = ('export',)
 # Images in each of the batches that a criterion looks at: few, for `criteria.fisher`.
 SMALL_BATCH = 16
+# Between the seeds of several teachers: runs whose seeds follow one another share none.
+SEEDS_APART = 1_000_003
 
 
 def finished(
@@ -210,7 +212,7 @@ def learn_teachers(setup: loop.Setup, plan: planning.Plan) -> Any:
     found = []
     for index, stage in enumerate(planning.teachers(setup.config)):
         config = setup.config.copy_and_resolve_references()
-        config.seed += index
+        config.seed = (config.seed + index * SEEDS_APART) % 2**63
         found.append(learn_teacher(setup._replace(config=config), plan, stage))
     return found[0] if len(found) == 1 else tuple(found)
 

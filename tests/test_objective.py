@@ -225,14 +225,19 @@ def test_several_teachers_and_a_network_that_teaches_itself(tmp_path):
     report = pipeline.run(config, tmp_path / 'work')
     assert list(report['seconds']) == ['teacher', 'teacher2', 'search', 'distil']
     assert 0 < report['ensemble']['accuracy'] < 1
-    first, second = (
-        checkpoint.read(tmp_path / 'work' / stage / 'result')[0]
-        for stage in ('teacher', 'teacher2')
-    )
-    name = 'state/params/Conv_0/kernel'
-    assert first[name].shape == second[name].shape and np.any(first[name] != second[name])
+
+    def kernel(stage):
+        return checkpoint.read(tmp_path / stage / 'result')[0]['state/params/Conv_0/kernel']
+
+    first, second = kernel('work/teacher'), kernel('work/teacher2')
+    assert first.shape == second.shape and np.any(first != second)
     # One more teacher changes nothing for the first.
     config.teacher.number = 1
     alone = pipeline.run(config, tmp_path / 'alone')
     assert alone['teacher']['accuracy'] == report['teacher']['accuracy']
     assert 'ensemble' not in alone
+    # Nor is it the one of a run with the next seed, from which it has to be independent.
+    config.seed += 1
+    with pytest.raises(errors.Stopped, match='of search'):
+        pipeline.run(config, tmp_path / 'next', stops=tiny.After(12))
+    assert np.any(kernel('next/teacher') != second)

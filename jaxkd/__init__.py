@@ -9,8 +9,9 @@ from jaxkd.errors import (
     JaxkdError,
     TrainingError,
 )
-from jaxkd.graph.cut import compact, cut, mask, verify
+from jaxkd.graph.cut import cut, mask, verify
 from jaxkd.graph.latency import with_latency
+from jaxkd.graph.settle import compact
 from jaxkd.graph.structure import CompactModel, Structure
 from jaxkd.graph.trace import ChannelGroup, Graph, trace
 from jaxkd.saved import load, save

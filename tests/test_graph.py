@@ -515,14 +515,12 @@ def test_what_decides_by_a_width_is_found_and_frozen(way):
     """Where the caller has not chosen what to keep, what cannot be cut stays, and the rest goes."""
 
     class Block(nn.Module):
-        features: int
-
         @nn.compact
         def __call__(self, x):
-            y = conv(self.features, 1, name='project')(nn.relu(conv(12, 1, name='expand')(x)))
-            return x + y if x.shape[-1] == self.features else y
+            y = conv(8, 1, name='project')(nn.relu(conv(12, 1, name='expand')(x)))
+            return x + y if x.shape[-1] == 8 else y
 
-    model = Net(lambda x: nn.Dense(2)(Block(8, name='block')(conv(8, name='stem')(x)).mean((1, 2))))
+    model = Net(lambda x: nn.Dense(2)(Block(name='block')(conv(8, name='stem')(x)).mean((1, 2))))
     variables = variables_of(model, IMAGES)
     if way == 'prune':
         small = jaxkd.prune(model, variables, IMAGES, flops=0.7)

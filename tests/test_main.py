@@ -471,6 +471,7 @@ def test_a_file_runs_nothing_and_writes_nowhere(tmp_path):
         ({'widths': ['conv']}, 'AttributeError'),
         ({'groups': None, 'code': 'print()'}, 'TypeError'),
         ({'widths': {'conv': {'kernel': 'abc'}}}, 'not of the widths'),
+        ({'fields': {'conv': {'features': 'os'}}}, 'ValueError'),
     ):
         checkpoint.write(forged, tree, metadata | {'structure': metadata['structure'] | change})
         with pytest.raises(jaxkd.CheckpointError) as refused:

@@ -106,13 +106,7 @@ def take(leaf: Any, alive: Mapping[int, np.ndarray]) -> Any:
 
 
 def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
-    """The physically smaller network, verified.
-
-    Raises:
-      GraphError: where the model's code cannot run at these widths, or where the compact network
-        does not compute what the masked one does; the message names the layer and the line, or the
-        groups.
-    """
+    """`settle.compact` of a graph as it is."""
     module, found = narrowed(graph, keep)
     verify(graph, keep)
     small = cut(graph, plain(variables), keep)

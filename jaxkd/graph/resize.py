@@ -139,22 +139,22 @@ def _by_size(module: nn.Module, now: Shapes, before: Shapes, x: Any) -> dict[str
     def changed(value: Any) -> Any:
         if type(value) in (tuple, list):
             return type(value)(map(changed, value))
-        return sizes.get(int(value), value) if _is_size(value) else value
+        return sizes.get(int(value), value) if is_size(value) else value
 
-    return {name: changed(value) for name, value in _sizes(module).items()}
+    return {name: changed(value) for name, value in size_fields(module).items()}
 
 
-def _sizes(module: nn.Module) -> dict[str, Any]:
+def size_fields(module: nn.Module) -> dict[str, Any]:
     """The fields of a module that may hold sizes."""
     values = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
         if field.init and field.name not in ('parent', 'name')
     }
-    return {n: v for n, v in values.items() if _is_size(v) or type(v) in (tuple, list)}
+    return {n: v for n, v in values.items() if is_size(v) or type(v) in (tuple, list)}
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -172,11 +172,14 @@ class CompactModule(nn.Module):
       model: the module at its full width.
       widths: for each layer, by its path such as 'stem/conv', the shapes of its parameters.
       full_widths: the same of the full network.
+      fields: for modules of the model's own, by path, fields that say a width; see
+        `jaxkd.graph.follow`.
     """
 
     model: Unbound
     widths: Mapping[str, Shapes]
     full_widths: Mapping[str, Shapes]
+    fields: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
     def setup(self):
         # In this module's own scope: as a submodule it would have its variables under a name.
@@ -199,7 +202,9 @@ class CompactModule(nn.Module):
             path = module.path[root:]
             layer = '/'.join(path)
             _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
-            with with_fields(module, _new_fields(self, module, path, x)):
+            own = self.fields.get(layer, {})
+            own = {name: own[name] for name in size_fields(module) if name in own}
+            with with_fields(module, own | _new_fields(self, module, path, x)):
                 return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
@@ -255,7 +260,7 @@ def _ask_for(module: nn.Module, now: Shapes, before: Shapes) -> None:
     """
     in_fields = True
     if _rule(module) is _by_size:
-        known = set(filter(_is_size, jax.tree.leaves(list(_sizes(module).values()))))
+        known = set(filter(is_size, jax.tree.leaves(list(size_fields(module).values()))))
         changed = {old for name in now for old, new in zip(before[name], now[name]) if old != new}
         in_fields = bool(known & changed)
     elif all(map(math.prod, now.values())):

@@ -3,7 +3,8 @@
 A program shows which channels hang together, but not that the code that made it takes a size from
 elsewhere: a reshape to a width from the config, a division by the root of a width, a pad up to a
 fixed number of channels. So the model is traced once more with some of every group removed, and
-what does not come out the same is traced back to the groups.
+what does not come out the same is traced back to the groups. Some can be helped: fields of the
+model's own modules that say a width can follow it (see `jaxkd.graph.follow`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkd.graph import cut, rules
+from jaxkd import errors
+from jaxkd.graph import cut, follow, rules, structure
 from jaxkd.graph.names import Frozen
 from jaxkd.graph.trace import ChannelGroup, Graph, Keep, applied
 
@@ -24,6 +26,8 @@ from jaxkd.graph.trace import ChannelGroup, Graph, Keep, applied
 SHARES = (0.25, 0.6)
 DECIDES = 'the model decides by its width what it computes'
 COMPUTES = 'the model computes with its width'
+# Of the fields that may have to follow a group's width, so many choices are tried.
+FIELDS = 16
 TOGETHER = Frozen('the model fails without some of it and of others', 'several', 'several lines')
 
 
@@ -37,8 +41,26 @@ def at_random(graph: Graph, seed: int = 0) -> Keep:
     return graph.complete(_some(graph, np.random.default_rng(seed)))
 
 
+def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
+    """The physically smaller network, verified.
+
+    Raises:
+      GraphError: where the model's code cannot run at these widths, or where the compact network
+        does not compute what the masked one does; the message names the layer and the line, or the
+        groups.
+    """
+    try:
+        return cut.compact(graph, variables, keep)
+    except errors.GraphError:
+        settled = settle(graph)
+        frozen = any(settled.by_name[n].frozen for n, units in keep.items() if not np.all(units))
+        if frozen or settled.follows == graph.follows:
+            raise
+    return cut.compact(settled, variables, keep)
+
+
 def settle(graph: Graph) -> Graph:
-    """The graph, with the groups frozen that the model's code cannot cut."""
+    """The graph, with what the model's code cannot cut frozen, and fields that follow a width."""
     random = np.random.default_rng(0)
     while True:
         keep = _some(graph, random)
@@ -49,6 +71,8 @@ def settle(graph: Graph) -> Graph:
         suspects = _blame(graph, keep, _suspicion)
         reasons = {n: why for n in suspects if (why := _problem(graph, {n: keep[n]}))}
         reasons = reasons or _blame(graph, keep, _problem)
+        graph, found = _followed(graph, {name: keep[name] for name in reasons})
+        reasons = {name: why for name, why in reasons.items() if name not in found}
         graph = dataclasses.replace(
             graph,
             groups=tuple(
@@ -56,6 +80,27 @@ def settle(graph: Graph) -> Graph:
                 for group in graph.groups
             ),
         )
+
+
+def _followed(graph: Graph, keep: Keep) -> tuple[Graph, list[str]]:
+    """The graph with the fields that have to follow the widths of these groups, and which can."""
+    found = []
+    candidates = [f for f in follow.candidates(graph) if f not in graph.follows]
+    for name in keep:
+        new = [f for f in candidates if f.group == name]
+        fields = sorted({f.field for f in new})
+        # A field that is as wide may say something else, a number of heads for instance.
+        chosen = itertools.chain.from_iterable(
+            itertools.combinations(fields, number) for number in range(len(fields), 0, -1)
+        )
+        for names in itertools.islice(chosen, FIELDS):
+            follows = (*graph.follows, *(f for f in new if f.field in names))
+            trial = dataclasses.replace(graph, follows=follows)
+            if _problem(trial, {name: keep[name]}) is None:
+                graph = trial
+                found.append(name)
+                break
+    return graph, found
 
 
 def _blame(

@@ -31,6 +31,7 @@ class Structure:
       full, compact: {'flops', 'params', 'activations', 'peak_activations'} of one example, and
         'latency' where it was measured.
       inexact: by group, why the other channels changed when some of it were removed.
+      fields: for modules of the model's own, by path, the fields that say a width that was cut.
     """
 
     model: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Structure:
     full: Mapping[str, float]
     compact: Mapping[str, float]
     inexact: Mapping[str, str]
+    fields: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def keep(self) -> dict[str, np.ndarray]:
@@ -67,7 +69,11 @@ class Structure:
             }
             for table in ('widths', 'full_widths')
         }
-        return cls(**{**record, **tables, 'inputs': tuple(record['inputs'])})
+        fields = {  # which older records lack
+            layer: {name: int(width) for name, width in fields.items()}
+            for layer, fields in record.get('fields', {}).items()
+        }
+        return cls(**{**record, **tables, 'inputs': tuple(record['inputs']), 'fields': fields})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,6 +170,10 @@ def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Str
     model, full_widths = graph.model, widths(graph.variables)
     if isinstance(model, resize.CompactModule):  # a compact network cut further
         full_widths = {layer: dict(shapes) for layer, shapes in model.full_widths.items()}
+    fields: dict[str, dict[str, int]] = {}
+    for follow in graph.follows:
+        width = int(np.sum(copies[follow.group])) * follow.channels
+        fields.setdefault(follow.layer, {})[follow.field] = width
     resources = (*graph.resources, 'peak_activations')
     return Structure(
         model=describe(full_module(model)),
@@ -180,6 +190,7 @@ def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Str
         full={resource: getattr(full, resource) for resource in resources},
         compact={resource: getattr(compact, resource) for resource in resources},
         inexact={g.name: g.inexact for g in graph.groups if g.inexact and not copies[g.name].all()},
+        fields=fields,
     )
 
 
@@ -200,7 +211,10 @@ def composed(first: Structure, then: Structure) -> Structure:
 def module(model: nn.Module, structure: Structure) -> nn.Module:
     """The model, or the model of a compact one, at the structure's widths."""
     return resize.CompactModule(
-        resize.Unbound(full_module(model)), structure.widths, structure.full_widths
+        resize.Unbound(full_module(model)),
+        structure.widths,
+        structure.full_widths,
+        structure.fields,
     )
 
 

@@ -81,6 +81,22 @@ class FrozenGroup(NamedTuple):
     source: str
 
 
+class Follow(NamedTuple):
+    """A field of a module that has to say the width of a group, whatever that is.
+
+    Attributes:
+      layer: path of the module, such as 'stage1/block0'.
+      field: its name.
+      group: whose width it says.
+      channels: of each unit.
+    """
+
+    layer: str
+    field: str
+    group: str
+    channels: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """A network as channel groups and their cost. Made by `jaxkd.trace`.
@@ -98,6 +114,7 @@ class Graph:
       operations: the convolutions and dots, in the order of the computation.
       flow: how data runs through the network; see `removable`.
       inexact: as `trace` was told.
+      follows: fields that change with the widths; see `jaxkd.graph.follow`.
     """
 
     model: nn.Module
@@ -112,6 +129,7 @@ class Graph:
     operations: tuple[costs.Operation, ...]
     flow: branches.Flow
     inexact: str
+    follows: tuple[Follow, ...] = ()
 
     @functools.cached_property
     def by_name(self) -> dict[str, ChannelGroup]:
@@ -379,9 +397,13 @@ def trace(
         flow=_flow(context, outputs, groups, owner),
         inexact=inexact,
     )
-    if context.fixes_sizes:
-        from jaxkd.graph import settle  # it cuts graphs, which are made here
+    from jaxkd.graph import follow, settle  # they run and cut graphs, which are made here
 
+    if isinstance(model, resize.CompactModule) and model.fields:
+        there = follow.candidates(graph)
+        follows = tuple(f for f in there if f.field in model.fields.get(f.layer, {}))
+        graph = dataclasses.replace(graph, follows=follows)
+    if context.fixes_sizes:
         graph = settle.settle(graph)
     warn_if_frozen(graph)
     _warn_if_idle(graph)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxkd import errors
-from jaxkd.graph import structure, widen
+from jaxkd.graph import settle, structure, widen
 from jaxkd.graph.trace import Graph, Keep
 from jaxkd.search import blocks as blocking
 from jaxkd.search import select as selecting
@@ -90,6 +90,8 @@ def expand(
     if all(budget.block for budget in budgets):
         why = 'give flops=, params=, activations= or latency='
         raise errors.ConfigError('budget', None, why=why)
+    if not settle.works(graph, keep):
+        graph = settle.settle(graph)
     small, _ = expanded(
         graph,
         variables,

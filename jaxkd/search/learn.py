@@ -584,5 +584,5 @@ def learn_structure(
     found = {'params': search.fold(weights), **rest}
     keep = search.keep(weights)
     found = search.reopen(found, keep, plain(variables)['params'])
-    small = cut.compact(graph, found, keep)
+    small = cut.compact(search._course.graph, found, keep)
     return SearchResult(small, keep, found, np.asarray(losses), np.asarray(alive))

@@ -433,7 +433,8 @@ def search_structure(
     found = body(end.memory.physical)
     student = learn.whole(found, train.variables(end.state), start)
     keep = hosts.agreed(learn.choose(found, end.state.params, end.memory))
-    return learn.reopen(course, student, keep, end.memory, start['params']), keep
+    opened = gating.reopen(course.gates, student['params'], keep, start['params'])
+    return {**student, 'params': opened}, keep
 
 
 def prune_in_rounds(

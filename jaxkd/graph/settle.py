@@ -49,11 +49,12 @@ def compact(graph: Graph, variables: Any, keep: Keep) -> structure.CompactModel:
         does not compute what the masked one does; the message names the layer and the line, or the
         groups.
     """
+    keep = graph.complete(keep)
     try:
         return cut.compact(graph, variables, keep)
     except errors.GraphError:
         settled = settle(graph)
-        frozen = any(settled.by_name[n].frozen for n, units in keep.items() if not np.all(units))
+        frozen = any(settled.by_name[n].frozen for n, units in keep.items() if not units.all())
         if frozen or settled.follows == graph.follows:
             raise
     return cut.compact(settled, variables, keep)

@@ -263,32 +263,40 @@ def narrow(graph: Graph, gates: Gates, keep: Keep) -> dict[str, Gate]:
 
 def close(gates: Gates, params: Any, keep: Keep) -> Any:
     """Folded parameters, as numpy arrays, with zeros where the gates of removed units have them."""
-    removed = {name: ~keep[name] for name in gates}
-    return _written(gates, params, removed, params, 0.0)
-
-
-def reopen(gates: Gates, params: Any, closed: Keep, start: Any) -> Any:
-    """Folded parameters, as numpy arrays, in which closed units can be trained again.
-
-    Args:
-      gates: what `find` returned.
-      params: of the full network, folded.
-      closed: bool [units] by group name, those that shall have a gate again.
-      start: parameters of the full network in which they were open. The units get `REOPENED` of
-        what closing has taken: too little to change what the network computes.
-    """
-    return _written(gates, params, closed, start, REOPENED)
-
-
-def _written(gates: Gates, params: Any, units: Keep, source: Any, share: float) -> Any:
-    """Parameters in which what closing some units makes zero is a share of that in the source."""
     changed: dict[tuple[str, ...], np.ndarray] = {}
     for name, gate in gates.items():
         for path, axis, positions in gate.closes or _slices(gate.scales):
             leaf = changed.setdefault(path, np.array(_get(params, path)))
-            there = positions[units[name]]
-            values = np.moveaxis(np.asarray(_get(source, path)), axis, 0)[there]
-            np.moveaxis(leaf, axis, 0)[there] = share * values if share else 0
+            np.moveaxis(leaf, axis, 0)[positions[~keep[name]]] = 0
+    return _replace(params, changed)
+
+
+def reopen(gates: Gates, params: Any, keep: Keep, start: Any) -> Any:
+    """Folded parameters, as numpy arrays, in which kept units that are closed can be trained again.
+
+    Args:
+      gates: what `find` returned.
+      params: of the full network, folded.
+      keep: bool [units] by group name.
+      start: parameters of the full network in which they were open. The units get `REOPENED` of
+        what closing has taken: too little to change what the network computes.
+    """
+
+    def values(tree: Any, path: tuple[str, ...], axis: int, there: np.ndarray) -> np.ndarray:
+        return np.moveaxis(np.asarray(_get(tree, path)), axis, 0)[there]
+
+    changed: dict[tuple[str, ...], np.ndarray] = {}
+    for name, gate in gates.items():
+        slices = [
+            (path, axis, positions[keep[name]])
+            for path, axis, positions in gate.closes or _slices(gate.scales)
+        ]
+        parts = [values(params, *piece) for piece in slices]
+        open_ = np.any([part.any(tuple(range(1, part.ndim))) for part in parts], axis=0)
+        for path, axis, positions in slices:
+            there = positions[~open_]
+            leaf = changed.setdefault(path, np.array(_get(params, path)))
+            np.moveaxis(leaf, axis, 0)[there] = REOPENED * values(start, path, axis, there)
     return _replace(params, changed)
 
 

@@ -308,20 +308,6 @@ def _within(
     return keep
 
 
-def reopen(course: Course, variables: Any, keep: Keep, memory: control.State, start: Any) -> Any:
-    """The full network's variables, in which units that are kept though they closed can be trained.
-
-    Args:
-      course: of the search.
-      variables: as it left them; see `whole`.
-      keep: what is kept; see `choose`.
-      memory: what the controller knew at the end.
-      start: parameters of the full network from before it.
-    """
-    units = {name: keep[name] & closed for name, closed in memory.closed.items()}
-    return {**variables, 'params': gating.reopen(course.gates, variables['params'], units, start)}
-
-
 class Search:
     """A search for a training loop of one's own, which makes two calls.
 
@@ -443,7 +429,8 @@ class Search:
           keep: from the method `keep`.
           start: parameters of the model at the start of the search.
         """
-        return reopen(self._course, variables, keep, self.memory, start)
+        opened = gating.reopen(self._course.gates, variables['params'], keep, start)
+        return {**variables, 'params': opened}
 
 
 class SearchResult(NamedTuple):

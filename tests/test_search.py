@@ -15,6 +15,7 @@ import pytest
 from scipy import sparse
 
 from jaxkd import errors
+from jaxkd.graph import cut
 from jaxkd.graph import trace as tracing
 from jaxkd.search import blocks, control, criteria, gates, learn, penalty
 from jaxkd.search import rounds as rounding
@@ -437,6 +438,43 @@ def test_rounds_end_at_the_budget(steps, rounds):
     cuts = [share for share in progress if share is not None]
     assert len(cuts) == min(steps, rounds) and cuts == sorted(cuts)
     assert cuts[-1] == 1.0
+
+
+class Blocks(nn.Module):
+    """Two residual blocks, each of two convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), use_bias=False, name='stem')(x))
+        for name in ('first', 'second'):
+            y = nn.relu(nn.Conv(16, (3, 3), use_bias=False, name=f'{name}_in')(x))
+            x = x + nn.Conv(16, (3, 3), use_bias=False, name=f'{name}_out')(y)
+        return nn.Dense(2, name='out')(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_a_round_does_not_count_on_what_has_been_cut(gone):
+    """Of the first block half has been cut and the rest is dead, or all of it has been cut."""
+    image = jnp.ones((1, 8, 8, 3))
+    variables = jax.tree.map(np.array, Blocks().init(jax.random.key(0), image))
+    variables['params']['first_in']['kernel'][...] = 0
+    graph = tracing.trace(Blocks(), variables, image)
+    keep = graph.keep_all()
+    keep['first_in'][: 16 if gone else 8] = False
+    asked = [('first', {'removable': True})] if gone else []
+    found = rounding.cut_down(
+        graph,
+        cut.cut(graph, variables, keep),
+        keep,
+        'l1',
+        criteria.Evidence(),
+        blocks.budgets(graph, asked, flops=0.3),
+        1.0,
+        blocks=asked,
+    )
+    assert all((found[name] <= keep[name]).all() for name in keep)
+    assert found['first_in'].any() != gone
+    assert 0.29 < graph.cost(found).flops / graph.cost().flops <= 0.3
 
 
 def _decide(graph, state, efforts, budget, progress, **limits):

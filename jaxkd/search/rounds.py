@@ -70,21 +70,11 @@ def cut_down(
         scores[name] = np.zeros(len(keep[name]))
         scores[name][keep[name]] = score
     goals = {b.resource: b.most / b.full for b in budgets if not b.block}
-    least = selecting.floor(
-        graph, min_keep, scores=scores, blocks=blocks, round_to=round_to, **goals
-    )
+    within = {'scores': scores, 'blocks': blocks, 'round_to': round_to, 'among': keep}
+    least = selecting.floor(graph, min_keep, **within, **goals)
     shares = {resource: control.schedule(progress, goal) for resource, goal in goals.items()}
 
     def choose(avoided: Mapping[str, Collection[int]]) -> dict[str, np.ndarray]:
-        chosen = selecting.select(
-            graph,
-            scores,
-            **shares,
-            blocks=blocks,
-            round_to=round_to,
-            min_keep=least,
-            avoided=avoided,
-        )
-        return {name: units & keep[name] for name, units in chosen.items()}
+        return selecting.select(graph, **within, **shares, min_keep=least, avoided=avoided)
 
     return matches.apart(graph, choose, scores)

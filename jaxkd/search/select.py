@@ -48,7 +48,8 @@ class Problem(NamedTuple):
       factors: int [terms, arity], the axes that a term multiplies; `axes` stands for a factor 1.
       shares: float [budgets, terms], what a term uses of each budget, times its factors.
       branches: sets of groups that go together: where one of a set has no unit, none of them has,
-        as far as it is in no smaller set. Only groups in them have 0 among their counts.
+        as far as it is in no smaller set. Only groups in them have 0 among their counts, and those
+      that have no unit left, as their only one.
     """
 
     counts: list[np.ndarray]
@@ -73,6 +74,7 @@ def select(
     min_keep: float = 1,
     held: Keep | None = None,
     avoided: Mapping[str, Collection[int]] | None = None,
+    among: Keep | None = None,
 ) -> dict[str, np.ndarray]:
     """Keeps the units with the best score for their price, within all budgets at once.
 
@@ -91,6 +93,7 @@ def select(
       held: groups keep at least as many units as here, or the next number below that the rounding
         allows: whatever is within the budgets can be held.
       avoided: numbers of units that a group does not keep, by its name.
+      among: the units that there are, of every group; others are not kept.
 
     Returns:
       The keep: at most the budget, and near it: within the cost of a few units. Of a residual
@@ -104,8 +107,8 @@ def select(
     budgets = blocking.budgets(
         graph, blocks, flops=flops, params=params, activations=activations, latency=latency
     )
-    problem, best = _pose(graph, scores, budgets, blocks, round_to, min_keep, held, avoided)
-    return graph.complete(_kept(problem, best, solve(problem)))
+    problem, best = _pose(graph, scores, budgets, blocks, round_to, min_keep, held, avoided, among)
+    return graph.complete(_kept(graph, problem, best, solve(problem)))
 
 
 def floor(
@@ -115,6 +118,7 @@ def floor(
     scores: Mapping[str, np.ndarray] | None = None,
     blocks: blocking.Blocks = (),
     round_to: int = 1,
+    among: Keep | None = None,
     **budget: float | None,
 ) -> float:
     """What is kept of every group: a `min_keep` for `select` that the budgets allow.
@@ -124,7 +128,7 @@ def floor(
     width: so much that layers far narrower than the others still let something through, and little
     enough that a stage of no use can go almost whole (benchmarks/results/ablation.json). One unit
     where the budgets cannot be met with that. Groups without `scores` are kept whole; without any,
-    those that are frozen are.
+    those that are frozen are. `among`: see `select`.
 
     Raises:
       BudgetError: where they cannot be met at all, or not with what was asked for.
@@ -134,7 +138,7 @@ def floor(
     widths = [(b.most / b.full) ** (0.5 if b.resource in squares else 1.0) for b in budgets]
     if scores is None:
         scores = {group.name: np.ones(group.size) for group in graph.groups if not group.frozen}
-    pose = functools.partial(_pose, graph, scores, budgets, blocks, round_to)
+    pose = functools.partial(_pose, graph, scores, budgets, blocks, round_to, among=among)
     if asked is None:
         least = min(widths, default=0.0) / 8
         try:
@@ -157,10 +161,13 @@ def step(group: ChannelGroup, round_to: int) -> int:
     return round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
 
 
-def _ranked(name: str, size: int, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The units of a group, best first; equal ones in their order."""
+def _ranked(
+    name: str, size: int, scores: Mapping[str, np.ndarray], among: Keep | None
+) -> np.ndarray:
+    """The units of a group that there are, best first; equal ones in their order."""
     score = checked(f'scores[{name!r}]', scores.get(name, np.zeros(size)), size)
-    return np.argsort(-score, kind='stable')
+    order = np.argsort(-score, kind='stable')
+    return order if among is None else order[among[name][order]]
 
 
 def checked(field: str, score: np.ndarray, size: int) -> np.ndarray:
@@ -218,6 +225,7 @@ def _pose(
     min_keep: float,
     held: Keep | None = None,
     avoided: Mapping[str, Collection[int]] | None = None,
+    among: Keep | None = None,
 ) -> tuple[Problem, dict[str, np.ndarray]]:
     """The problem that these limits make, and the units of each group, best first.
 
@@ -229,6 +237,11 @@ def _pose(
     check_names('held', held or (), graph.by_name)
     check_names('avoided', avoided or (), graph.by_name)
     limits = blocking.resolve(graph, blocks, min_keep)
+    best = {group.name: _ranked(group.name, group.size, scores, among) for group in graph.groups}
+    for name, limit in limits.items():
+        most = min(limit.most, len(best[name]))
+        least, some = min(limit.least, most), min(limit.some, most)
+        limits[name] = dataclasses.replace(limit, least=least, some=some, most=most)
     for name, numbers in (avoided or {}).items():
         limits[name] = dataclasses.replace(limits[name], avoided=frozenset(numbers))
     for name, units in (held or {}).items():
@@ -237,13 +250,12 @@ def _pose(
         below = numbers[numbers <= units.sum()]
         if len(below):
             limits[name] = dataclasses.replace(limits[name], least=int(below[-1]))
-    best = {group.name: _ranked(group.name, group.size, scores) for group in graph.groups}
     problem = _problem(graph, scores, best, limits, budgets, round_to)
     least_levels = np.zeros(len(best), int)
     blocking.check_reachable(
         graph,
         budgets,
-        _kept(problem, best, least_levels),
+        _kept(graph, problem, best, least_levels),
         lambda: _obstacles(graph, scores, blocks, round_to, min_keep, held),
     )
     return problem, best
@@ -276,12 +288,12 @@ def _obstacles(
 
 
 def _kept(
-    problem: Problem, best: Mapping[str, np.ndarray], levels: np.ndarray
+    graph: Graph, problem: Problem, best: Mapping[str, np.ndarray], levels: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The keep that a level of each group makes."""
     keep = {}
     for (name, order), counts, level in zip(best.items(), problem.counts, levels, strict=True):
-        keep[name] = np.zeros(len(order), bool)
+        keep[name] = np.zeros(graph.sizes[name], bool)
         keep[name][order[: counts[level]]] = True
     return keep
 
@@ -296,22 +308,24 @@ def _problem(
 ) -> Problem:
     names = [group.name for group in graph.groups]
     # Where nothing is known of what a branch is worth, it stays.
+    there = {name for name, order in best.items() if len(order)}
     branches = {
-        frozenset(map(names.index, branch))
+        frozenset(map(names.index, branch & there))
         for name, limit in limits.items()
-        if limit.least == 0 and scores.keys() & (branch := graph.emptied([name]))
+        if limit.least == 0 and name in there and scores.keys() & (branch := graph.emptied([name]))
     }
     going = {names[i] for branch in branches for i in branch}
     counts, gains = [], []
     for group in graph.groups:
         limit = limits[group.name]
-        if group.frozen or group.name not in scores:
-            allowed = np.array([group.size])
+        number = len(best[group.name])
+        if group.frozen or group.name not in scores or not number:
+            allowed = np.array([number])
         else:
             allowed = _allowed(group, limit, round_to)
         score = np.asarray(scores.get(group.name, np.zeros(group.size)), float)
         score = score[best[group.name]][: allowed[-1]]
-        gain = np.add.reduceat(score, [0, *allowed[:-1]])
+        gain = np.add.reduceat(score, [0, *allowed[:-1]]) if number else [0.0]
         none = [0] * (group.name in going)  # with no unit, nothing is gained
         counts.append(np.array([*none, *allowed]))
         gains.append(np.array([*none, *gain], float))
@@ -394,15 +408,20 @@ def _solve_branches(problem: Problem) -> np.ndarray:
     )
     levels = _solve_units(_without(problem, removed))
     # Where a group is not removed, its lowest level in the rest is the second one here.
-    above = [int(i not in removed and counts[0] == 0) for i, counts in enumerate(problem.counts)]
+    above = [int(i not in removed and _may_go(counts)) for i, counts in enumerate(problem.counts)]
     return levels + above
+
+
+def _may_go(counts: np.ndarray) -> bool:
+    """Whether a group with these counts can keep units or none."""
+    return len(counts) > 1 and counts[0] == 0
 
 
 def _without(problem: Problem, removed: frozenset[int]) -> Problem:
     """The problem that is left once these groups are removed, and the others are not."""
     counts, gains = [], []
     for i, (numbers, gain) in enumerate(zip(problem.counts, problem.gains, strict=True)):
-        levels = slice(0, 1) if i in removed else slice(int(numbers[0] == 0), None)
+        levels = slice(0, 1) if i in removed else slice(int(_may_go(numbers)), None)
         counts.append(numbers[levels])
         gains.append(gain[levels])
     return problem._replace(counts=counts, gains=gains, branches=())

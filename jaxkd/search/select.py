@@ -49,7 +49,7 @@ class Problem(NamedTuple):
       shares: float [budgets, terms], what a term uses of each budget, times its factors.
       branches: sets of groups that go together: where one of a set has no unit, none of them has,
         as far as it is in no smaller set. Only groups in them have 0 among their counts, and those
-      that have no unit left, as their only one.
+        that have no unit left, as their only one.
     """
 
     counts: list[np.ndarray]

@@ -131,7 +131,7 @@ def _find(run: Callable[..., Any], variables: Any, inputs: Any) -> tuple[dict[Pa
         elif isinstance(module, nn.BatchNorm):
             norms.add(module.path)
             layer = next((path for array, path in made if args and array is args[0]), None)
-            if layer and _is_plain(module, result, args[0]):
+            if layer and module.axis in (-1, result.ndim - 1) and result.dtype == args[0].dtype:
                 found[module.path] = Norm(layer, module.epsilon)
         return result
 
@@ -142,14 +142,15 @@ def _find(run: Callable[..., Any], variables: Any, inputs: Any) -> tuple[dict[Pa
         path: norm
         for path, norm in found.items()
         if calls[path] == calls[norm.layer] == readers['/'.join(norm.layer)] == 1
+        and _is_single(variables, path)
     }
     return folded, len(norms) - len(folded)
 
 
-def _is_plain(norm: nn.BatchNorm, result: jax.Array, x: jax.Array) -> bool:
-    """Whether it works on the last axis, of one layer (`nn.scan` stacks several), in one type."""
-    whole = norm.axis in (-1, x.ndim - 1) and norm.variables['batch_stats']['mean'].ndim == 1
-    return whole and result.dtype == x.dtype
+def _is_single(variables: Any, path: Path) -> bool:
+    """Whether a BatchNorm is one layer's: `nn.scan` and `nn.vmap` stack those of several."""
+    stored = (_take(plain(variables).get(name, {}), path) for name in ('params', 'batch_stats'))
+    return all(leaf.ndim == 1 for leaf in jax.tree.leaves(list(stored)))
 
 
 def _readers(jaxpr: Any) -> Iterator[str]:

@@ -66,3 +66,21 @@ def test_what_alone_reads_a_layer_is_folded():
 )
 def test_networks(name, folded, left):
     assert_folds(models.create(name), (1, 32, 32, 3), folded, left)
+
+
+class Unit(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+
+
+def test_stacked_layers_stay():
+    axes = {'params': 0, 'batch_stats': 0}
+    stacked = nn.vmap(
+        Unit, variable_axes=axes, split_rngs={'params': True}, in_axes=None, axis_size=3
+    )
+    model, x = stacked(), jnp.ones((1, 6, 6, 3))
+    variables = model.init(jax.random.key(0), x)
+    found = fold.fold(model.apply, variables, x)
+    assert not found.norms and found.left == 1
+    assert jax.tree.structure(found.variables) == jax.tree.structure(variables)

@@ -992,3 +992,30 @@ def test_the_fast_form_of_the_cpu_runs_but_is_not_traced():
     assert depthwise_convolutions(fast) < 2
     assert_same(small.module.apply(small.variables, x), small.apply(small.variables, x))
     assert math.isclose(jaxkd.verify(graph, keep), jaxkd.verify(within, keep), abs_tol=1e-5)
+
+
+class Methods(nn.Module):
+    """A layer with sizes in fields, one of which is another one's when cut in half."""
+
+    width: int = 32
+    hidden: int = 16
+
+    def setup(self):
+        normal = nn.initializers.normal()
+        self.first = self.param('first', normal, (self.width, self.hidden))
+        self.second = self.param('second', normal, (self.hidden, 7))
+
+    def __call__(self, x):
+        return nn.relu(self.inner(x) @ self.second)
+
+    def inner(self, x):
+        return nn.relu(x.reshape(-1, self.width) @ self.first)
+
+
+def test_methods_that_call_one_another_have_the_same_sizes():
+    model, x = nn.Sequential([nn.Dense(32), nn.relu, Methods(), nn.Dense(5)]), jnp.ones((2, 8))
+    variables = variables_of(model, x)
+    graph = jaxkd.trace(model, variables, x)
+    keep = {'layers_0': np.arange(32) < 16, 'layers_2': np.arange(16) < 8}
+    small = jaxkd.compact(graph, variables, keep)
+    assert small.variables['params']['layers_2']['first'].shape == (16, 8)

@@ -191,10 +191,13 @@ class CompactModule(nn.Module):
     def run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the model, by name, or a function whose first argument it is."""
         root = len(self.path)
+        resized: set[int] = set()  # modules whose fields are those of the compact network now
 
         def intercept(call, args, kwargs, context):
             module = context.module
-            if module.scope is None:  # one that Linen never bound, so it has no variables
+            # One that Linen never bound has no variables; one whose method calls another of its own
+            # has its new fields, in which a size may be the old one of something else.
+            if module.scope is None or id(module) in resized:
                 return call(*args, **kwargs)
             x = None
             if context.method_name == '__call__':
@@ -204,8 +207,15 @@ class CompactModule(nn.Module):
             _ask_for(module, self.widths.get(layer, {}), self.full_widths.get(layer, {}))
             own = self.fields.get(layer, {})
             own = {name: own[name] for name in size_fields(module) if name in own}
-            with with_fields(module, own | _new_fields(self, module, path, x)):
+            fields = own | _new_fields(self, module, path, x)
+            if not fields:
                 return call(*args, **kwargs)
+            resized.add(id(module))
+            try:
+                with with_fields(module, fields):
+                    return call(*args, **kwargs)
+            finally:
+                resized.discard(id(module))
 
         with nn.intercept_methods(intercept):
             if isinstance(method, str):

@@ -17,7 +17,7 @@ from scipy import sparse
 from jaxkd import errors
 from jaxkd.graph import cut
 from jaxkd.graph import trace as tracing
-from jaxkd.search import blocks, control, criteria, gates, learn, penalty
+from jaxkd.search import blocks, control, criteria, gates, learn, penalty, prune
 from jaxkd.search import rounds as rounding
 from jaxkd.search import select as selecting
 
@@ -438,6 +438,17 @@ def test_rounds_end_at_the_budget(steps, rounds):
     cuts = [share for share in progress if share is not None]
     assert len(cuts) == min(steps, rounds) and cuts == sorted(cuts)
     assert cuts[-1] == 1.0
+
+
+def test_prune_takes_a_budget_of_a_block_alone(chain):
+    """As `select`, a search and the recipe do."""
+    graph, variables = chain
+    budget = [('two', {'budget': {'flops': 0.5}})]
+    small = prune.prune(Chain(), variables, *graph.inputs, blocks=budget)
+    (left,) = (row.flops for row in graph.cost(small.structure.keep).rows if row.layer == 'two')
+    assert 10 <= left <= 12  # of 24
+    with pytest.raises(errors.ConfigError, match='give flops=.* or a block a budget'):
+        prune.prune(Chain(), variables, *graph.inputs, blocks=[('two', {})])
 
 
 class Blocks(nn.Module):

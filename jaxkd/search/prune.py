@@ -61,17 +61,14 @@ def prune(
       `jaxkd.distill` and the original as the teacher.
 
     Raises:
-      ConfigError: for an unknown criterion or one that lacks its data, or without any budget.
+      ConfigError: for an unknown criterion or one that lacks its data, or without any budget,
+        not even of a block.
       BudgetError: if the budget cannot be reached.
       GraphError: if the model cannot be traced or cut.
     """
     if criterion not in criteria.CRITERIA:
         raise errors.ConfigError('criterion', criterion, allowed=criteria.CRITERIA)
     asked = {'flops': flops, 'params': params, 'activations': activations, 'latency': latency}
-    if all(budget is None for budget in asked.values()):
-        raise errors.ConfigError(
-            'budget', None, why='give flops=, params=, activations= or latency='
-        )
     evidence = criteria.Evidence(loss, tuple(batches), seed)
 
     def chosen(graph: Graph) -> Keep:
@@ -82,6 +79,10 @@ def prune(
         return matches.apart(graph, lambda avoided: select(avoided=avoided), scores)
 
     graph = tracing.trace(model, variables, *inputs, **apply_kwargs)
+    of_blocks = any(settings.get('budget') for _, settings in blocking.pairs(graph, blocks))
+    if not of_blocks and all(budget is None for budget in asked.values()):
+        why = 'give flops=, params=, activations= or latency=, or a block a budget'
+        raise errors.ConfigError('budget', None, why=why)
     graph = blocking.measured(graph, latency, blocks)
     try:
         return cut.compact(graph, variables, chosen(graph))

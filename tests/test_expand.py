@@ -282,3 +282,34 @@ def test_a_widened_network_is_saved_cut_and_widened_again(tmp_path):
     assert whole.compact == wider.structure.compact
     counted = graph.polynomial.cost(whole.copies)
     assert counted.flops == whole.compact['flops'] and counted.params == whole.compact['params']
+
+
+class Branches(nn.Module):
+    """Two residual branches, whose norms keep what is left of them."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name='stem')(x)
+        for name in ('first', 'second'):
+            y = nn.relu(nn.Conv(8, (3, 3), name=f'{name}_in')(x))
+            y = nn.Conv(8, (3, 3), use_bias=False, name=f'{name}_out')(y)
+            x = x + nn.BatchNorm(use_running_average=not train, name=f'{name}_bn')(y)
+        return nn.Dense(2, name='head')(x.mean((1, 2)))
+
+
+def test_a_branch_that_has_gone_stays_away():
+    model, images = Branches(), images_for(IMAGES)
+    variables = variables_of(model, IMAGES)
+    graph = jaxkd.trace(model, variables, images)
+    keep = keep_first(stem=(5, 8), first_in=(0, 8), second_in=(4, 8))
+    small = jaxkd.expand(graph, variables, keep, flops=0.6, noise=0.0)
+    assert 0.5 < small.structure.compact['flops'] / small.structure.full['flops'] <= 0.6
+    assert not small.structure.groups['first_in']['kept']
+    assert len(small.structure.groups['stem']['kept']) > 5
+    cut = jaxkd.compact(graph, variables, keep)
+    assert_same(cut.apply(cut.variables, images), small.apply(small.variables, images), 1e-4)
+    trained = [
+        one.apply(one.variables, images, train=True, mutable=['batch_stats'])[0]
+        for one in (cut, small)
+    ]
+    assert_same(*trained, 1e-4)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxkd import errors
-from jaxkd.graph import cut, structure
+from jaxkd.graph import constants, cut, structure
 from jaxkd.graph.trace import ChannelGroup, Graph, Member, path_string, plain
 
 # How often each unit is there: int [units] by group name; 0 removes it, 1 keeps it. Groups that are
@@ -61,8 +61,10 @@ def build(
 ) -> structure.CompactModel:
     """`widen` without the proof."""
     module, found = _module(graph, copies)
-    wider = repeat(graph, plain(variables), copies)
-    return structure.CompactModel(module, _disturb(graph, wider, copies, noise, seed), found)
+    wider = _disturb(graph, repeat(graph, plain(variables), copies), copies, noise, seed)
+    if not all(number.any() for number in copies.values()):
+        wider = constants.fold(module, wider, graph)
+    return structure.CompactModel(module, wider, found)
 
 
 def complete(graph: Graph, copies: Copies) -> dict[str, np.ndarray]:

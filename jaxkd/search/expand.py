@@ -24,6 +24,8 @@ USED = 0.999
 LARGEST, HALVINGS = 2.0**20, 30
 # Units of a group whose block says nothing.
 UNLIMITED = 2**60
+# Why a group of a residual branch that has gone whole is not widened.
+GONE = 'nothing of it is left'
 
 
 class Expansion(NamedTuple):
@@ -121,6 +123,7 @@ def expanded(
     keep = graph.complete(keep)
     most = _most(graph, keep, blocks)
     held = {g.name: why for g in graph.groups if not g.frozen and (why := widen.stays(g))}
+    held |= {name: GONE for name, alive in keep.items() if not alive.any()}
     while True:
         free = {name: limit for name, limit in most.items() if name not in held}
         factor, counts = grown(graph, keep, free, budgets, round_to, seed)
@@ -230,7 +233,7 @@ def _copies(keep: Keep, counts: Mapping[str, int], seed: int) -> dict[str, np.nd
     copies = {}
     for name, alive in keep.items():
         units = np.flatnonzero(alive)
-        times, rest = divmod(counts[name], len(units))
+        times, rest = divmod(counts[name], max(len(units), 1))
         copies[name] = times * alive.astype(int)
         copies[name][random.permutation(units)[:rest]] += 1
     return copies

@@ -366,3 +366,35 @@ def test_wrong_input_is_one_sentence(folder, capsys, monkeypatch, flags, status,
     assert (returned, err.count('\n')) == (status, 1), err
     assert err.startswith('jaxkd: ') and all(word in err for word in words), err
     assert not (folder / 'a').exists()
+
+
+class Groups(nn.Module):
+    """Layers with numbers of groups, in a branch that can go and outside of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.GroupNorm(8)(nn.Conv(16, (3, 3))(x)))
+        x = nn.relu(nn.Conv(16, (3, 3), feature_group_count=16)(x))
+        y = nn.relu(nn.Conv(12, (1, 1), name='branch')(x))
+        y = nn.Conv(12, (3, 3), strides=2, feature_group_count=12, use_bias=False)(y)
+        y = nn.GroupNorm(num_groups=3)(y)
+        x = nn.max_pool(x, (2, 2), (2, 2)) + nn.Conv(16, (1, 1))(y)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_groups_of_a_compact_network_in_onnx(tmp_path, gone):
+    skip_without('onnx')
+    model, inputs = Groups(), images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    graph = jaxkd.trace(model, variables, inputs)
+    fixed = {group.group for group in graph.frozen}
+    keep = {group.name: np.ones(group.size, bool) for group in graph.groups}
+    for name in keep.keys() - fixed:
+        keep[name][keep[name].size // 2 :] = False
+    for name in graph.removable():
+        keep[name][:] &= not gone
+    small = jaxkd.compact(graph, variables, keep)
+    before = nn.Conv.__call__, nn.GroupNorm.__call__
+    assert export.onnx(small, tmp_path / 'groups.onnx').difference < 1e-5
+    assert (nn.Conv.__call__, nn.GroupNorm.__call__) == before

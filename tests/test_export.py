@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import jaxkd
-from jaxkd import export, onnx_graph, pipeline
+from jaxkd import benchmark, export, onnx_graph, pipeline, summary
 from jaxkd import plan as planning
 from jaxkd.data import split
 
@@ -398,3 +398,28 @@ def test_groups_of_a_compact_network_in_onnx(tmp_path, gone):
     before = nn.Conv.__call__, nn.GroupNorm.__call__
     assert export.onnx(small, tmp_path / 'groups.onnx').difference < 1e-5
     assert (nn.Conv.__call__, nn.GroupNorm.__call__) == before
+
+
+class Parts(nn.Module):
+    def setup(self):
+        self.first, self.second, self.head = nn.Conv(8, (3, 3)), nn.Conv(8, (1, 1)), nn.Dense(3)
+
+    def features(self, x):
+        return nn.relu(self.second(nn.relu(self.first(x)))).mean((1, 2))
+
+    def __call__(self, x, train=False):
+        return self.head(self.features(x))
+
+
+def test_a_method_that_is_not_told_whether_it_trains(tmp_path):
+    model, inputs = Parts(), images(1)[:, :4, :4]
+    variables = model.init(jax.random.key(0), inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.8, criterion='l1')
+    export.stablehlo(small, tmp_path / 'features.hlo', method='features')
+    right = small.apply(small.variables, inputs, method='features')
+    assert_equal_outputs(jaxkd.load(tmp_path / 'features.hlo')(inputs), right)
+    asked = {'method': 'features', 'rngs': {'dropout': jax.random.key(0)}, 'mutable': ['sown']}
+    rows = benchmark.measure(small, rounds=1, seconds=1, **asked)
+    assert {row.network for row in rows} == {'full', 'compact'}
+    shapes = [jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)]
+    assert summary.trace(model, shapes, asked).cost().params == 224 + 72  # without the head

@@ -324,6 +324,12 @@ def test_damaged_file(folder):
         jaxkd.load('damaged.hlo')
 
 
+def test_folder_of_a_run(tmp_path):
+    (tmp_path / 'compact').mkdir()
+    with pytest.raises(jaxkd.CheckpointError, match=r'its compact model is in .*compact$'):
+        jaxkd.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ('flags', 'status', 'words'),
     [

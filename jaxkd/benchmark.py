@@ -181,10 +181,12 @@ def _networks(
 ) -> tuple[dict[str, CompactModel], list[jax.Array], dict[str, Any]]:
     """The full network and the compact one, inputs, and what they are called with beside these."""
     module = structure.full_module(small.module)
-    apply_kwargs = {**mode.arguments(module, train=False), **apply_kwargs}
+    method = apply_kwargs.get('method')
+    apply_kwargs = {**mode.arguments(module, train=False, method=method), **apply_kwargs}
+    called = {name: x for name, x in apply_kwargs.items() if name not in ('mutable', 'rngs')}
     inputs = export.random_inputs(small, batch_size)
     try:
-        init = device.jit_once(functools.partial(module.init, **apply_kwargs))
+        init = device.jit_once(functools.partial(module.init, **called))
         variables = init(jax.random.key(0), *inputs)
     except Exception as error:
         why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'

@@ -439,7 +439,8 @@ def network(
     within: Callable[[], Any] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
     """The network as a function of its variables and inputs, traced `within` a context."""
-    kwargs = {**mode.arguments(small.module, train=False), **apply_kwargs}
+    method = apply_kwargs.get('method')
+    kwargs = {**mode.arguments(small.module, train=False, method=method), **apply_kwargs}
 
     def run(variables, *inputs):
         with within():

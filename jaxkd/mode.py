@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import inspect
 
 from flax import linen as nn
@@ -18,11 +19,18 @@ NAMES = {
 }
 
 
-def arguments(model: nn.Module, *, train: bool) -> dict[str, bool]:
+def arguments(
+    model: nn.Module, *, train: bool, method: str | Callable | None = None
+) -> dict[str, bool]:
     """What tells the model, compact or not, whether it trains; {} where its call has none of NAMES.
+
+    Or where a method of it has none, given itself or by name.
 
     >>> arguments(nn.Dropout(0.5), train=True)
     {'deterministic': False}
     """
-    has = inspect.signature(structure.full_module(model).__call__).parameters
+    called = method or '__call__'
+    if isinstance(called, str):
+        called = getattr(structure.full_module(model), called, None)
+    has = inspect.signature(called).parameters if callable(called) else {}
     return {name: value == train for name, value in NAMES.items() if name in has}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import inspect
+import itertools
 import logging
 import pathlib
 import tempfile
@@ -19,6 +21,17 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+# Layers that make their bias, or zeros, of no channels.
+_READERS = (
+    nn.Conv,
+    nn.ConvTranspose,
+    nn.Dense,
+    nn.DenseGeneral,
+    nn.MultiHeadDotProductAttention,
+    nn.MultiHeadAttention,
+    nn.SelfAttention,
+)
+_NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
 # Images that calibrate an int8 network, in batches of so many.
 CALIBRATION_BATCH = 32
 # Of ONNX Runtime's log: fatal errors alone.
@@ -29,8 +42,12 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
     """A function of arrays as an ONNX graph (`onnx.ModelProto`), tidied."""
     import jax2onnx
 
-    def pooled(*inputs):
-        with _plain_pooling():
+    linen = [kind for kind in vars(nn).values() if inspect.isclass(kind)]
+    own = {kind: kind.__call__ for kind in linen if issubclass(kind, nn.Module)}
+    empty = _empty(call, inputs)
+
+    def prepared(*inputs):
+        with _plain_pooling(), _seen(own), _constant(empty):
             return call(*inputs)
 
     log = logging.getLogger('onnx_ir')  # it warns of shapes that it leaves out
@@ -38,9 +55,88 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
     log.setLevel(logging.ERROR)
     try:
         # Not by its own way to write a file, which puts large weights into a second one.
-        return tidy(jax2onnx.to_onnx(pooled, inputs, return_mode='proto'))
+        return tidy(jax2onnx.to_onnx(prepared, inputs, return_mode='proto'))
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _seen(own: Mapping[type[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, what intercepts methods sees the calls of the layers that jax2onnx has replaced.
+
+    It puts functions in the place of `own`, for which Linen does not ask interceptors: a
+    convolution or a GroupNorm of a compact network would have the full network's groups.
+    """
+    theirs = {
+        kind: kind.__call__
+        for kind in own
+        if '__call__' in vars(kind) and kind.__call__ is not own[kind]
+    }
+
+    def method(function):
+        def __call__(self, *args, **kwargs):
+            return function(self, *args, **kwargs)
+
+        # As Linen makes a method of it.
+        return type('Layer', (nn.Module,), {'__call__': __call__}).__call__
+
+    for kind, function in theirs.items():
+        kind.__call__ = method(function)
+    try:
+        yield
+    finally:
+        for kind, function in theirs.items():
+            kind.__call__ = function
+
+
+def _empty(
+    call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]
+) -> dict[tuple[str, ...], list[jax.ShapeDtypeStruct]]:
+    """What layers that read or make no channels, as where a branch has gone, make of one example.
+
+    By path, for each call.
+    """
+    found = collections.defaultdict(list)
+
+    def watch(call, args, kwargs, context):
+        made, layer = call(*args, **kwargs), context.module
+        known = context.method_name == '__call__' and type(layer) in (*_READERS, *_NORMS)
+        if known and not (made.size and _weights(layer).get('kernel', made).size):
+            found[layer.path].append(jax.ShapeDtypeStruct(made.shape, made.dtype))
+        return made
+
+    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]) if x.shape else (), x.dtype) for x in inputs]
+    with nn.intercept_methods(watch):
+        jax.eval_shape(call, *one)
+    return found
+
+
+def _weights(layer: nn.Module) -> Mapping[str, Any]:
+    """The parameters of a layer, or of the last one in it, as in attention."""
+    params = layer.variables.get('params', {})
+    return params.get('out', params)
+
+
+@contextlib.contextmanager
+def _constant(empty: Mapping[tuple[str, ...], Sequence[jax.ShapeDtypeStruct]]) -> Iterator[None]:
+    """Inside, layers that read nothing are their bias, and what they read is not computed.
+
+    Runtimes refuse some operations on arrays without elements.
+    """
+    left = {path: itertools.cycle(calls) for path, calls in empty.items()}
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        if context.method_name != '__call__' or layer.scope is None or layer.path not in left:
+            return call(*args, **kwargs)
+        made = next(left[layer.path])
+        x = args[0] if args else next(iter(kwargs.values()))
+        bias = _weights(layer).get('bias') if made.size else None
+        bias = jnp.zeros(()) if bias is None else bias
+        return jnp.broadcast_to(bias.astype(made.dtype), (x.shape[0], *made.shape[1:]))
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 @contextlib.contextmanager

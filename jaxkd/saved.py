@@ -56,6 +56,8 @@ def load(
     if model is not None and not isinstance(model, nn.Module):
         why = 'it must be the full-width module itself, such as Net(), and not its class'
         raise errors.ConfigError('model', model, why=why)
+    if (inside := within(os.fspath(path))) != os.fspath(path):
+        raise errors.CheckpointError(path, f'holds a run; its compact model is in {inside}')
 
     def full(recorded: Mapping[str, Any]) -> nn.Module:
         known = registered(recorded) if model is None else model

@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import jaxkd
-from jaxkd import export, onnx_graph, pipeline
+from jaxkd import benchmark, export, onnx_graph, pipeline, summary
 from jaxkd import plan as planning
 from jaxkd.data import split
 
@@ -324,6 +324,12 @@ def test_damaged_file(folder):
         jaxkd.load('damaged.hlo')
 
 
+def test_folder_of_a_run(tmp_path):
+    (tmp_path / 'compact').mkdir()
+    with pytest.raises(jaxkd.CheckpointError, match=r'its compact model is in .*compact$'):
+        jaxkd.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ('flags', 'status', 'words'),
     [
@@ -366,3 +372,60 @@ def test_wrong_input_is_one_sentence(folder, capsys, monkeypatch, flags, status,
     assert (returned, err.count('\n')) == (status, 1), err
     assert err.startswith('jaxkd: ') and all(word in err for word in words), err
     assert not (folder / 'a').exists()
+
+
+class Groups(nn.Module):
+    """Layers with numbers of groups, in a branch that can go and outside of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.GroupNorm(8)(nn.Conv(16, (3, 3))(x)))
+        x = nn.relu(nn.Conv(16, (3, 3), feature_group_count=16)(x))
+        y = nn.relu(nn.Conv(12, (1, 1), name='branch')(x))
+        y = nn.Conv(12, (3, 3), strides=2, feature_group_count=12, use_bias=False)(y)
+        y = nn.GroupNorm(num_groups=3)(y)
+        x = nn.max_pool(x, (2, 2), (2, 2)) + nn.Conv(16, (1, 1))(y)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_groups_of_a_compact_network_in_onnx(tmp_path, gone):
+    skip_without('onnx')
+    model, inputs = Groups(), images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    graph = jaxkd.trace(model, variables, inputs)
+    fixed = {group.group for group in graph.frozen}
+    keep = {group.name: np.ones(group.size, bool) for group in graph.groups}
+    for name in keep.keys() - fixed:
+        keep[name][keep[name].size // 2 :] = False
+    for name in graph.removable():
+        keep[name][:] &= not gone
+    small = jaxkd.compact(graph, variables, keep)
+    before = nn.Conv.__call__, nn.GroupNorm.__call__
+    assert export.onnx(small, tmp_path / 'groups.onnx').difference < 1e-5
+    assert (nn.Conv.__call__, nn.GroupNorm.__call__) == before
+
+
+class Parts(nn.Module):
+    def setup(self):
+        self.first, self.second, self.head = nn.Conv(8, (3, 3)), nn.Conv(8, (1, 1)), nn.Dense(3)
+
+    def features(self, x):
+        return nn.relu(self.second(nn.relu(self.first(x)))).mean((1, 2))
+
+    def __call__(self, x, train=False):
+        return self.head(self.features(x))
+
+
+def test_a_method_that_is_not_told_whether_it_trains(tmp_path):
+    model, inputs = Parts(), images(1)[:, :4, :4]
+    variables = model.init(jax.random.key(0), inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.8, criterion='l1')
+    export.stablehlo(small, tmp_path / 'features.hlo', method='features')
+    right = small.apply(small.variables, inputs, method='features')
+    assert_equal_outputs(jaxkd.load(tmp_path / 'features.hlo')(inputs), right)
+    asked = {'method': 'features', 'rngs': {'dropout': jax.random.key(0)}, 'mutable': ['sown']}
+    rows = benchmark.measure(small, rounds=1, seconds=1, **asked)
+    assert {row.network for row in rows} == {'full', 'compact'}
+    shapes = [jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)]
+    assert summary.trace(model, shapes, asked).cost().params == 224 + 72  # without the head

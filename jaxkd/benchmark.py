@@ -181,12 +181,10 @@ def _networks(
 ) -> tuple[dict[str, CompactModel], list[jax.Array], dict[str, Any]]:
     """The full network and the compact one, inputs, and what they are called with beside these."""
     module = structure.full_module(small.module)
-    method = apply_kwargs.get('method')
-    apply_kwargs = {**mode.arguments(module, train=False, method=method), **apply_kwargs}
-    called = {name: x for name, x in apply_kwargs.items() if name not in ('mutable', 'rngs')}
+    apply_kwargs = mode.evaluating(module, apply_kwargs)
     inputs = export.random_inputs(small, batch_size)
     try:
-        init = device.jit_once(functools.partial(module.init, **called))
+        init = device.jit_once(functools.partial(module.init, **mode.initializing(apply_kwargs)))
         variables = init(jax.random.key(0), *inputs)
     except Exception as error:
         why = f'{type(module).__name__} cannot be called with them: {errors.words(error)}'

@@ -439,8 +439,7 @@ def network(
     within: Callable[[], Any] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
     """The network as a function of its variables and inputs, traced `within` a context."""
-    method = apply_kwargs.get('method')
-    kwargs = {**mode.arguments(small.module, train=False, method=method), **apply_kwargs}
+    kwargs = mode.evaluating(small.module, apply_kwargs)
 
     def run(variables, *inputs):
         with within():

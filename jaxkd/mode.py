@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import inspect
+from typing import Any
 
 from flax import linen as nn
 
@@ -34,3 +35,13 @@ def arguments(
         called = getattr(structure.full_module(model), called, None)
     has = inspect.signature(called).parameters if callable(called) else {}
     return {name: value == train for name, value in NAMES.items() if name in has}
+
+
+def evaluating(model: nn.Module, apply: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with beside its inputs: `apply`, and what tells it not to train."""
+    return {**arguments(model, train=False, method=apply.get('method')), **apply}
+
+
+def initializing(apply: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `apply` `model.init` takes as well."""
+    return {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}

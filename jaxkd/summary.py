@@ -142,7 +142,7 @@ def trace(
     Raises:
       GraphError: where the module cannot be called so.
     """
-    apply = {**mode.arguments(model, train=False, method=apply.get('method')), **apply}
+    apply = mode.evaluating(model, apply)
     variables = initial(model, inputs, apply)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # what is frozen stands in the table
@@ -153,8 +153,8 @@ def initial(
     model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], apply: Mapping[str, Any]
 ) -> Any:
     """Shapes and dtypes of the model's variables; arguments and errors as those of `trace`."""
-    apply = {**mode.arguments(model, train=False, method=apply.get('method')), **apply}
-    called = {name: value for name, value in apply.items() if name not in ('mutable', 'rngs')}
+    apply = mode.evaluating(model, apply)
+    called = mode.initializing(apply)
     try:
         return jax.eval_shape(
             lambda *inputs: model.init(jax.random.key(0), *inputs, **called), *inputs

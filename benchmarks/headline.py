@@ -65,6 +65,7 @@ class Recipe(NamedTuple):
       learning_rate: of new weights.
       teachers: how many teach, where one does.
       flags: of all.
+      taught: of the methods whose network has a teacher to the end.
     """
 
     teacher: float
@@ -73,6 +74,7 @@ class Recipe(NamedTuple):
     learning_rate: float
     teachers: int = 1
     flags: tuple[str, ...] = ()
+    taught: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -80,8 +82,27 @@ class Recipe(NamedTuple):
         return self.teachers * self.teacher + self.search + self.distil
 
 
+SHORT = (
+    '--config.data.validation=0.02',  # of 60,000; a look at them takes its time, too
+    # Both cost more time here than they are worth: compiling anew for a few steps, and files.
+    '--config.search.shrink=0.0',
+    '--config.export=()',
+)
+VARIED = (
+    '--config.data.augment.erasing=0.25',
+    # After the cut. The full network has the rate already, and images varied so do not help it
+    # (tried.json).
+    '--config.distil.augment.trivial_augment=True',
+    '--config.distil.learning_rate=0.05',
+)
+# The teacher counts less and less.
+FADING = ("--config.distil.losses=(('labels',{}),('hinton',{'temperature':2.0,'decay':1.0}))",)
+
+
 def recipe(data: str, labels: int | None) -> Recipe:
-    """The preset's lengths, and for few labels of a larger data set what was found for them."""
+    """The preset's lengths, and what was found for Fashion-MNIST, with few labels and with all."""
+    if data == 'fashion_mnist' and labels is None:
+        return Recipe(16, 4, 28, 0.05, 1, SHORT + VARIED, FADING)
     if labels is None or data == 'digits':
         preset = CONFIG['get_config'](data)
         epochs = [preset[stage].epochs for stage in ('teacher', 'search', 'distil')]
@@ -94,17 +115,7 @@ def recipe(data: str, labels: int | None) -> Recipe:
         for stage in ('teacher', 'search', 'distil')
         for field, value in shared.items()
     ]
-    flags.append('--config.data.validation=0.02')  # of 60,000; a look at them takes its time, too
-    flags.append('--config.data.augment.erasing=0.25')
-    # Both cost more time here than they are worth: compiling anew for a few steps, and files.
-    flags += ['--config.search.shrink=0.0', '--config.export=()']
-    # After the cut. The full network has the rate already, and images varied so do not help it
-    # (tried.json).
-    flags += [
-        '--config.distil.augment.trivial_augment=True',
-        '--config.distil.learning_rate=0.05',
-    ]
-    return Recipe(40, 10, 60, 0.05, 2, tuple(flags))
+    return Recipe(40, 10, 60, 0.05, 2, (*flags, *SHORT, *VARIED))
 
 
 # Without a teacher.
@@ -119,8 +130,12 @@ def _alone(recipe: Recipe) -> list[str]:
     ]
 
 
-def _taught(recipe: Recipe) -> list[str]:
+def _teachers(recipe: Recipe) -> list[str]:
     return [f'--config.teacher.number={recipe.teachers}'] if recipe.teachers > 1 else []
+
+
+def _taught(recipe: Recipe) -> list[str]:
+    return [*_teachers(recipe), *recipe.taught]
 
 
 def _at_once(criterion: str) -> Callable[[Recipe], list[str]]:
@@ -160,7 +175,7 @@ CUT: dict[str, Callable[[Recipe], list[str]]] = {
     'scratch': lambda recipe: [
         *_from_new_weights(recipe, recipe.total),
         '--config.distil.alpha=0.0',
-        *_taught(recipe),  # the search that the structure is from
+        *_teachers(recipe),  # of the search that the structure is from
     ],
 }
 FULL = {

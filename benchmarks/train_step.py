@@ -372,7 +372,6 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
     import torch
     from torch import nn
     from torch.nn import functional
-    from torch.optim import swa_utils
     import torch_networks
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -413,9 +412,11 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
 
     def training(form: Callable[[Any], Any], loss: Callable[[Any], Any]) -> Measure:
         network = build()
-        averaged = swa_utils.AveragedModel(
-            network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True
-        )
+        # torch.optim.swa_utils.AveragedModel waits for the GPU in every step.
+        variables = [
+            v for v in (*network.parameters(), *network.buffers()) if v.is_floating_point()
+        ]
+        averages = [variable.detach().clone() for variable in variables]
         optimizer = torch.optim.SGD(
             network.parameters(), LEARNING_RATE, MOMENTUM, 0, WEIGHT_DECAY, nesterov=True
         )
@@ -428,7 +429,8 @@ def serve_torch(case: Case, arguments: argparse.Namespace) -> None:
                 value = loss(forward(images).float())
             value.backward()
             optimizer.step()
-            averaged.update_parameters(network)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, variables, 1 - EMA_DECAY)
 
         return timed(step, finish, arguments.steps)
 

@@ -16,9 +16,9 @@ from jaxkd.graph.structure import CompactModel, Structure
 from jaxkd.graph.trace import ChannelGroup, Graph, trace
 from jaxkd.saved import load, save
 from jaxkd.search.expand import expand
-from jaxkd.search.learn import Search, SearchResult, learn_structure
 from jaxkd.search.prune import prune
 from jaxkd.search.select import select
+from jaxkd.search.training import Search, SearchResult, learn_structure
 
 __all__ = [
     'BudgetError',

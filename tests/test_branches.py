@@ -203,6 +203,22 @@ def test_parallel_branches_cannot_all_go():
         graph.complete({'left': np.zeros(3, bool), 'right': np.zeros(3, bool)})
 
 
+def test_what_has_gone_leads_around_nothing():
+    """Of a sum of two branches, one goes; then the other has to stay in the compact network."""
+
+    def body(x):
+        hidden = (nn.relu(conv(3, name=f'{name}_in')(x)) for name in ('left', 'right'))
+        x = sum(conv(4, 1, name=f'{i}_out')(y) for i, y in enumerate(hidden))
+        return nn.Dense(2, name='head')(x.mean((1, 2)))
+
+    variables = variables_of(Net(body), IMAGES)
+    graph = jaxkd.trace(Net(body), variables, IMAGES)
+    assert graph.removable() == {'left_in'}
+    small = jaxkd.compact(graph, variables, {'left_in': np.zeros(3, bool)})
+    again = jaxkd.trace(small.module, small.variables, IMAGES)
+    assert again.by_name['right_in'].size == 3 and again.removable() == set()
+
+
 def test_every_input_stays():
     """The sum of two towers would go on without one of them, but not without its input."""
 

@@ -73,6 +73,11 @@ class ChannelGroup:
     source: str = ''
     inexact: str | None = None
 
+    @property
+    def channels(self) -> int:
+        """How many channels of an array go with a unit: of the axis where they are most."""
+        return max(positions.shape[1] for positions in self.positions)
+
 
 class FrozenGroup(NamedTuple):
     group: str

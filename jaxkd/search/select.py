@@ -158,7 +158,7 @@ def check_round_to(round_to: int) -> None:
 
 def step(group: ChannelGroup, round_to: int) -> int:
     """Of how many units a group keeps a multiple, for its channels to be one of `round_to`."""
-    return round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
+    return round_to // math.gcd(round_to, group.channels)
 
 
 def _ranked(

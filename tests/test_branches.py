@@ -25,7 +25,7 @@ import pytest
 import jaxkd
 from jaxkd import models
 from jaxkd.graph import cut as cutting
-from jaxkd.search import blocks, control
+from jaxkd.search import blocks, control, criteria
 from jaxkd.search import select as selecting
 
 REMOVABLE = {'removable': True}
@@ -483,6 +483,16 @@ def test_near_the_best_that_there_is(two, monkeypatch, seed, tried):
     assert graph.cost(keep).flops <= budget * graph.cost().flops
     worth = sum(scores[name][keep[name]].sum() for name in names)
     assert worth >= (selecting.DISCOUNT if tried else 0.95) * best
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('budget', [0.2, 0.3, 0.5])
+def test_an_order_alone_removes_no_branches_for_its_first_unit(two, budget, seed):
+    """Scores so far apart that a sum of them is the largest: what they leave over is still used."""
+    graph, variables = two
+    scores = criteria.random(graph, variables, criteria.Evidence(seed=seed))
+    keep = jaxkd.select(graph, scores, flops=budget, blocks=[('_in', REMOVABLE)])
+    assert 0.75 * budget <= graph.cost(keep).flops / graph.cost().flops <= budget
 
 
 @pytest.mark.parametrize('seed', range(4))

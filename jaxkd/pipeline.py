@@ -272,7 +272,7 @@ def find_structure(
             student,
             keep,
             planning.limiting(plan),
-            blocks=config.blocks,
+            blocks=aim.blocks,
             round_to=config.search.round_to,
             seed=config.seed,
         )
@@ -317,6 +317,8 @@ def trace_again(
 ) -> tracing.Graph:
     """The graph of a network that was widened, whose groups are those of the full one.
 
+    But for those of branches that have gone: of these nothing is left to hang together.
+
     Raises:
       GraphError: if it hangs together differently.
     """
@@ -328,7 +330,8 @@ def trace_again(
         inexact=config.inexact,
         **mode.arguments(found.module, train=False),
     )
-    sizes = {name: len(group['kept']) for name, group in found.structure.groups.items()}
+    kept = {name: len(group['kept']) for name, group in found.structure.groups.items()}
+    sizes = {name: number for name, number in kept.items() if number}
     if graph.sizes != sizes:
         other = sorted(dict(graph.sizes.items() ^ sizes.items()))
         raise errors.GraphError(
@@ -336,7 +339,7 @@ def trace_again(
             'those of the full one, so that it cannot be searched again; '
             'set config.search.alternations=1'
         )
-    return planning.measured(config, learn.rehearse(graph, config.blocks))
+    return planning.measured(config, learn.rehearse(graph, blocking.left(graph, config.blocks)))
 
 
 def search_structure(

@@ -230,7 +230,8 @@ def make_aim(
 ) -> Aim:
     """What a search of the network with this graph is after.
 
-    What will be widened is searched for less: the share `expand_from` of every budget.
+    What will be widened is searched for less: the share `expand_from` of every budget. Of the
+    blocks there are those that a network that has lost branches still has.
     """
     if not config.search.expand:
         return Aim(stage, graph, dict(config.budget), config.blocks)
@@ -238,10 +239,11 @@ def make_aim(
 
     def lower(budget: blocking.Budget) -> float:
         now = budget.share(cost) * budget.full
-        return min(1.0, config.search.expand_from * budget.most / now)
+        goal = config.search.expand_from * budget.most
+        return goal / now if now > goal else 1.0  # of layers that have gone there is nothing now
 
     budgets = limiting(plan)
-    blocks = blocking.pairs(graph, config.blocks)
+    blocks = blocking.left(graph, config.blocks)
     for pattern, settings in blocks:
         if 'budget' in settings:
             settings['budget'] = {b.resource: lower(b) for b in budgets if b.block == pattern}

@@ -25,7 +25,7 @@ import pytest
 import jaxkd
 from jaxkd import models
 from jaxkd.graph import cut as cutting
-from jaxkd.search import blocks, control
+from jaxkd.search import blocks, control, criteria
 from jaxkd.search import select as selecting
 
 REMOVABLE = {'removable': True}
@@ -201,6 +201,22 @@ def test_parallel_branches_cannot_all_go():
     assert graph.removable() == {'left'} and graph.removable(['right']) == {'right'}
     with pytest.raises(jaxkd.GraphError, match='nothing else leads .* once right are gone'):
         graph.complete({'left': np.zeros(3, bool), 'right': np.zeros(3, bool)})
+
+
+def test_what_has_gone_leads_around_nothing():
+    """Of a sum of two branches, one goes; then the other has to stay in the compact network."""
+
+    def body(x):
+        hidden = (nn.relu(conv(3, name=f'{name}_in')(x)) for name in ('left', 'right'))
+        x = sum(conv(4, 1, name=f'{i}_out')(y) for i, y in enumerate(hidden))
+        return nn.Dense(2, name='head')(x.mean((1, 2)))
+
+    variables = variables_of(Net(body), IMAGES)
+    graph = jaxkd.trace(Net(body), variables, IMAGES)
+    assert graph.removable() == {'left_in'}
+    small = jaxkd.compact(graph, variables, {'left_in': np.zeros(3, bool)})
+    again = jaxkd.trace(small.module, small.variables, IMAGES)
+    assert again.by_name['right_in'].size == 3 and again.removable() == set()
 
 
 def test_every_input_stays():
@@ -467,6 +483,16 @@ def test_near_the_best_that_there_is(two, monkeypatch, seed, tried):
     assert graph.cost(keep).flops <= budget * graph.cost().flops
     worth = sum(scores[name][keep[name]].sum() for name in names)
     assert worth >= (selecting.DISCOUNT if tried else 0.95) * best
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('budget', [0.2, 0.3, 0.5])
+def test_an_order_alone_removes_no_branches_for_its_first_unit(two, budget, seed):
+    """Scores so far apart that a sum of them is the largest: what they leave over is still used."""
+    graph, variables = two
+    scores = criteria.random(graph, variables, criteria.Evidence(seed=seed))
+    keep = jaxkd.select(graph, scores, flops=budget, blocks=[('_in', REMOVABLE)])
+    assert 0.75 * budget <= graph.cost(keep).flops / graph.cost().flops <= budget
 
 
 @pytest.mark.parametrize('seed', range(4))

@@ -52,6 +52,35 @@ def test_a_width_is_avoided_where_it_would_decide(projected, flops):
     assert all(units.sum() % 8 == 0 for name, units in keep.items() if graph.sizes[name] > 10)
 
 
+class Narrowing(nn.Module):
+    """A block that would add its input, if that were as wide as its field says."""
+
+    features: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(12, (3, 3), name='stem')(x))
+        y = nn.Conv(self.features, (3, 3), name='narrow')(x)
+        return nn.Dense(6)((x + y if x.shape[-1] == self.features else y).mean((1, 2)))
+
+
+@pytest.mark.parametrize('narrow', [4, 6])
+def test_a_width_is_avoided_that_a_field_holds(narrow):
+    model = Narrowing()
+    variables = model.init(jax.random.key(0), nets.zeros(IMAGES))
+    graph = jaxkd.trace(model, variables, IMAGES)
+    scores = {'stem': np.ones(12), 'narrow': np.ones(6)}
+    most = [(name, {'max_keep': number}) for name, number in (('stem', 6), ('narrow', narrow))]
+
+    def choose(avoided):
+        return jaxkd.select(graph, scores, blocks=most, avoided=avoided)
+
+    assert not settle.works(graph, choose({}))
+    keep = matches.apart(graph, choose, scores)
+    assert (keep['stem'].sum(), keep['narrow'].sum()) == (5, narrow)
+    jaxkd.compact(graph, variables, keep)
+
+
 def test_what_is_not_a_matter_of_widths_is_left_alone(projected):
     graph, _ = projected
     spread = settle.at_random(graph)

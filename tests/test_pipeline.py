@@ -2,10 +2,13 @@
 
 import types
 
+from flax import linen as nn
+import jax
 import numpy as np
 import pytest
 
-from jaxkd import errors, pipeline
+import jaxkd
+from jaxkd import errors, models, pipeline
 from jaxkd import plan as planning
 from tests import tiny
 
@@ -89,3 +92,45 @@ def test_blocks_are_read_as_everywhere_where_searches_alternate():
         config.blocks = blocks
         with pytest.raises(errors.ConfigError, match=words):
             planning.make_plan(config)
+
+
+class Branch(nn.Module):
+    """A stem and a residual branch, which is nearly all of it."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(6, (3, 3), strides=2, name='stem')(x)
+        x += nn.Conv(6, (3, 3), name='branch_out')(nn.relu(nn.Conv(8, (3, 3), name='branch_in')(x)))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def test_a_network_that_has_lost_a_branch_is_searched_again(tmp_path, monkeypatch):
+    """Blocks that nothing, or nothing that could go, is left of; and a budget of what has gone."""
+    monkeypatch.setitem(models.REGISTRY, 'branch', Branch)
+    config = tiny.get_config()
+    config.model.name = 'branch'
+    config.search.update(expand=True, alternations=2, method='l1')
+    config.budget.flops = 0.3
+    config.blocks = (
+        ('branch_in', {'removable': True, 'min_keep': 8}),
+        ('branch_out', {'budget': {'flops': 0.9}, 'min_keep': 3}),
+    )
+
+    def search(setup, plan, aim, start, teacher):
+        scores = {name: np.ones(size) for name, size in aim.graph.sizes.items() if size > 1}
+        return start, jaxkd.select(aim.graph, scores, blocks=aim.blocks, **aim.budget)
+
+    monkeypatch.setattr(pipeline, 'prune_in_rounds', search)
+    plan = planning.make_plan(config)
+    start = planning.init(plan.model, plan.graph.inputs[0])(jax.random.key(0))
+    with pipeline.prepared(config, tmp_path / 'work', plan) as setup:
+        found, expansions = pipeline.find_structure(setup, plan, start)
+    kept = {name: group['kept'] for name, group in found.structure.groups.items()}
+    assert not kept['branch_in'] and kept.keys() == plan.graph.sizes.keys()
+    assert len(expansions) == 2 and len(kept['stem']) > len(set(kept['stem']))
+    again = jaxkd.trace(found.module, found.variables, *plan.graph.inputs)
+    assert again.cost().flops == found.structure.compact['flops']
+    assert again.cost().flops == plan.graph.polynomial.cost(found.structure.copies).flops
+    assert 0.9 * 0.3 <= again.cost().flops / plan.graph.cost().flops <= 0.3

@@ -18,23 +18,27 @@ def candidates(graph: Graph) -> tuple[Follow, ...]:
     found = []
     for layer, fields in _fields(graph).items():
         for field, size in fields.items():
-            made = [(g, beyond) for g in graph.groups for beyond in _made(graph, g, layer, size)]
-            groups = [g for g, beyond in made if beyond] or [g for g, _ in made]
+            made = [group for group in graph.groups if _makes(graph, group, layer, size)]
+            beyond = [group for group in made if not all(_inside(graph, group, layer))]
+            groups = beyond or made
             if len(groups) == 1:
                 found.append(Follow('/'.join(layer), field, groups[0].name, size // groups[0].size))
     return tuple(found)
 
 
-def _made(graph: Graph, group: ChannelGroup, layer: tuple[str, ...], size: int) -> list[bool]:
-    """If the module makes this group at this size: whether others than it have to do with it."""
-    inside = [graph.keys_of[m.path][1 : 1 + len(layer)] == layer for m in group.members]
-    made = any(
+def _makes(graph: Graph, group: ChannelGroup, layer: tuple[str, ...], size: int) -> bool:
+    """Whether the module makes this group, and nothing else beside it, at this size."""
+    return any(
         makes and within and graph.shapes[member.path][member.axis] == size == positions.size
         for member, positions, makes, within in zip(
-            group.members, group.positions, group.made, inside, strict=True
+            group.members, group.positions, group.made, _inside(graph, group, layer), strict=True
         )
     )
-    return [not all(inside)] if made else []
+
+
+def _inside(graph: Graph, group: ChannelGroup, layer: tuple[str, ...]) -> list[bool]:
+    """Of each member, whether it belongs to the module."""
+    return [graph.keys_of[m.path][1 : 1 + len(layer)] == layer for m in group.members]
 
 
 def _fields(graph: Graph) -> dict[tuple[str, ...], dict[str, int]]:

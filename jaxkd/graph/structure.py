@@ -195,11 +195,16 @@ def repeated(graph: Graph, copies: Mapping[str, np.ndarray], shapes: Any) -> Str
 
 
 def composed(first: Structure, then: Structure) -> Structure:
-    """The structure `then` of a network with the structure `first`, as one of the full network."""
+    """The structure `then` of a network with the structure `first`, as one of the full network.
+
+    Groups of branches that `first` has lost are none of that network's, and stay empty.
+    """
     groups = {
         name: {
             'size': group['size'],
-            'kept': [group['kept'][unit] for unit in then.groups[name]['kept']],
+            'kept': [group['kept'][unit] for unit in then.groups[name]['kept']]
+            if group['kept']
+            else [],
         }
         for name, group in first.groups.items()
     }

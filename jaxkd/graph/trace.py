@@ -73,6 +73,11 @@ class ChannelGroup:
     source: str = ''
     inexact: str | None = None
 
+    @property
+    def channels(self) -> int:
+        """How many channels of an array go with a unit: of the axis where they are most."""
+        return max(positions.shape[1] for positions in self.positions)
+
 
 class FrozenGroup(NamedTuple):
     group: str
@@ -671,7 +676,9 @@ def _flow(
 
     def step(made: rules.Step) -> branches.Step:
         axes = tuple(axis for axis in members(made.axes) if None not in axis)
-        return branches.Step(axes, made.read, made.sums)
+        # What is left of a branch that has gone carries nothing on.
+        empty = any(names.size(axis) == 0 for axis in made.axes)
+        return branches.Step(axes, () if empty else made.read, made.sums)
 
     return branches.flow(
         [made and step(made) for made in context.steps],

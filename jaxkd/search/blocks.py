@@ -141,6 +141,25 @@ def _allow_none(graph: Graph, limits: dict[str, Limits], asked: Sequence[str]) -
     }
 
 
+def left(graph: Graph, blocks: Blocks) -> list[tuple[str, dict[str, Any]]]:
+    """`pairs`, as far as they say something of a network that may have lost branches.
+
+    Of one that has lost none these are all, if `resolve` takes them. Otherwise blocks of which no
+    group is left are missing, and `removable` where no branch is left that could go.
+    """
+    found = pairs(graph, blocks)
+    firsts = {group.name: _first(graph, group, found) for group in graph.groups}
+    used = {name: block for name, block in firsts.items() if block}
+    gone = graph.removable([name for name, (_, asked) in used.items() if asked.get('removable')])
+    going = {used[name][0] for name in gone}
+    there = {pattern for pattern, _ in used.values()}
+    return [
+        (pattern, {k: v for k, v in settings.items() if k != 'removable' or pattern in going})
+        for pattern, settings in found
+        if pattern in there
+    ]
+
+
 def pairs(graph: Graph, blocks: Blocks) -> list[tuple[str, dict[str, Any]]]:
     """Blocks as a user wrote them, as pairs of pattern and settings in plain types, checked.
 

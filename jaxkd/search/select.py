@@ -158,7 +158,7 @@ def check_round_to(round_to: int) -> None:
 
 def step(group: ChannelGroup, round_to: int) -> int:
     """Of how many units a group keeps a multiple, for its channels to be one of `round_to`."""
-    return round_to // math.gcd(round_to, max(p.shape[1] for p in group.positions))
+    return round_to // math.gcd(round_to, group.channels)
 
 
 def _ranked(
@@ -375,11 +375,14 @@ def _solve_branches(problem: Problem) -> np.ndarray:
     time as long as that is better, with the units settled quickly, from none and from all removed.
     """
     number = len(problem.branches)
+    # By sums of what is only an order, the best unit of all would decide alone, and other branches
+    # go for another unit beside it, however much of the budget is left.
+    judged = _by_place(problem) if _Solver(problem).ordinal else problem
 
     @functools.cache
     def merit(removed: frozenset[int], solve_units: Callable[[Problem], np.ndarray]) -> float:
-        rest = _without(problem, removed)
-        solver, levels = _Solver(rest), solve_units(rest)
+        levels = solve_units(_without(problem, removed))
+        solver = _Solver(_without(judged, removed))
         usage = solver.usage(levels).max()
         return solver.merit(levels) if usage <= 1 else -usage
 
@@ -427,6 +430,14 @@ def _without(problem: Problem, removed: frozenset[int]) -> Problem:
     return problem._replace(counts=counts, gains=gains, branches=())
 
 
+def _by_place(problem: Problem) -> Problem:
+    """The problem in which units are worth their place in the order of the scores, 0 for none."""
+    solver = _Solver(problem)
+    per_unit = solver.gain / np.maximum(solver.units, 1)
+    _, places = np.unique([0.0, *per_unit], return_inverse=True)
+    return problem._replace(gains=np.split(places[1:] * solver.units, solver.first[1:]))
+
+
 def _settled(problem: Problem) -> np.ndarray:
     """A quick solution for the units."""
     solver = _Solver(problem)
@@ -470,6 +481,12 @@ class _Solver:
         make an order."""
         gains = self.gain[(self.level > 0) & (self.gain > 0)]
         return not len(gains) or gains.min() > RESOLUTION * self.worth.max()
+
+    @property
+    def ordinal(self) -> bool:
+        """Whether most scores are nothing in a sum with the largest."""
+        gains = self.gain[(self.level > 0) & (self.gain > 0)]
+        return len(gains) > 0 and np.median(gains) <= RESOLUTION * self.worth.max()
 
     def usage(self, levels: np.ndarray) -> np.ndarray:
         """What the network uses of every budget: float [budgets], 1 where it is used up."""

@@ -279,6 +279,42 @@ def test_int8(run, format, tmp_path, capsys):
     assert called(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
 
 
+def test_int8_saturates_on_no_processor():
+    """Fused, on any instructions, as the file says it: in two steps of its coarsest rounding."""
+    onnx, onnxruntime = map(pytest.importorskip, ('onnx', 'onnxruntime'))
+    random, made, floats = np.random.default_rng(0), onnx.helper, onnx.TensorProto.FLOAT
+    kernels = [np.abs(random.normal(size=(8, 8, 3, 3))).astype(np.float32) for _ in 'kl']
+    graph = made.make_graph(
+        [
+            made.make_node(kind, inputs, outputs)
+            for kind, inputs, outputs in (
+                ('Conv', ['x', 'k'], ['a']),
+                ('Relu', ['a'], ['b']),
+                ('Conv', ['b', 'l'], ['y']),
+            )
+        ],
+        'two',
+        [made.make_tensor_value_info('x', floats, ['batch', 8, 8, 8])],
+        [made.make_tensor_value_info('y', floats, None)],
+        [onnx.numpy_helper.from_array(*pair) for pair in zip(kernels, 'kl', strict=True)],
+    )
+    model = made.make_model(graph, opset_imports=[made.make_opsetid('', 17)], ir_version=8)
+    x = random.random((64, 8, 8, 8), np.float32)
+    small = onnx_graph.quantized(model, x)
+    stored = [onnx.numpy_helper.to_array(one) for one in small.graph.initializer]
+    assert [np.abs(one).max() for one in stored if one.shape == (8, 8, 3, 3)] == [64, 64]
+    levels = onnxruntime.GraphOptimizationLevel
+    found = []
+    for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(
+            small.SerializeToString(), options, providers=['CPUExecutionProvider']
+        )
+        found.append(session.run(None, {'x': x})[0])
+    np.testing.assert_allclose(found[1], found[0], atol=2 * np.ptp(found[0]) / 255)
+
+
 @pytest.mark.parametrize('several', [tuple, list])
 def test_accuracy_is_that_of_the_first_output(several):
     labels = np.array([0, 1, 2, 0])

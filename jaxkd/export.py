@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import textwrap
@@ -387,7 +388,7 @@ def tflite_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
             model_content=source, num_threads=len(os.sched_getaffinity(0))
         )
     takes, gives = (
-        [entry['index'] for entry in sorted(details, key=lambda entry: entry['name'])]
+        [entry['index'] for entry in sorted(details, key=lambda entry: _counted(entry['name']))]
         for details in (interpreter.get_input_details(), interpreter.get_output_details())
     )
     interpreter.allocate_tensors()
@@ -404,6 +405,15 @@ def tflite_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
         return found[0] if len(found) == 1 else found
 
     return call
+
+
+def _counted(name: str) -> list[str | int]:
+    """What sorts names with numbers in them by these numbers: as text, 10 is before 2.
+
+    >>> sorted(['Identity_10', 'Identity_2', 'Identity'], key=_counted)
+    ['Identity', 'Identity_2', 'Identity_10']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name)]
 
 
 # What runs a file of each format: a function of its path.

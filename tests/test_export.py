@@ -96,6 +96,33 @@ def test_inputs_and_outputs_of_all_kinds(tmp_path):
     assert export.stablehlo(small, tmp_path / 'odd.hlo').difference < 1e-4
 
 
+class Many(nn.Module):
+    """More inputs and outputs than there are digits, in an order that tells."""
+
+    @nn.compact
+    def __call__(self, x, *more):
+        x = nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2)))
+        return x, *(i * x + other for i, other in enumerate(more))
+
+
+@pytest.mark.parametrize('format', export.OPENED)
+def test_more_than_ten_inputs_and_outputs(tmp_path, format):
+    skip_without(format)
+    inputs = images(1)[:, :4, :4], *[np.zeros((1, 3), np.float32)] * 11
+    model = Many()
+    small = jaxkd.prune(model, model.init(jax.random.key(0), *inputs), *inputs, flops=0.9)
+    assert export.FORMATS[format](small, tmp_path / 'many').difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    'pattern', ['input_{}', 'serving_default_args_{}:0', 'StatefulPartitionedCall:{}']
+)
+def test_names_in_tensorflow_lite_are_in_the_order_of_their_numbers(pattern):
+    names = [pattern.format(number) for number in range(12)]
+    assert sorted(sorted(names), key=export._counted) == names
+    assert export._counted('Identity') < export._counted('Identity_1')
+
+
 class Half(nn.Module):
     @nn.compact
     def __call__(self, x):

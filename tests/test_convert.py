@@ -1,6 +1,7 @@
 """Weights from PyTorch and back, by files that NumPy makes."""
 
 from collections.abc import Callable
+import errno
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import jaxkd
-from jaxkd import checkpoint, convert, export, models
+from jaxkd import checkpoint, convert, export, models, workdir
 from jaxkd.convert import command, layouts, names, weights
 from jaxkd.models import (
     convnext,
@@ -353,6 +354,16 @@ def test_export_keeps_to_its_two_files(folder, capsys):
     assert export.main(flags) == 2
     assert 'would replace report.json' in capsys.readouterr().err
     assert (folder / 'report.json').read_text() == '{"layers": []}'
+
+
+def test_no_weights_without_their_widths(folder, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(workdir, 'write_text', full)
+    with pytest.raises(jaxkd.ExportError, match='cannot be written: No space left'):
+        export.safetensors(jaxkd.load('known'), 'lonely.safetensors')
+    assert not [path for path in folder.iterdir() if 'lonely' in path.name]
 
 
 class Activated(nn.Module):

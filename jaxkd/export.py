@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import textwrap
@@ -271,11 +272,14 @@ def safetensors(
         # Compiled, as what it is compared with: in half precision that rounds elsewhere.
         return functools.partial(jax.jit(run), convert.read(file, model, small.variables))
 
-    done = _compared('safetensors', small, path, written, opened, run, _rounding(small, run))
-    if done.path:
+    def write_widths():
         text = json.dumps(described, indent=2) + '\n'
-        records.write_text(done.path.with_suffix('.json'), text)
-    return done
+        records.write_text(pathlib.Path(path).with_suffix('.json'), text)
+
+    return _compared(
+        *('safetensors', small, path, written, opened, run, _rounding(small, run)),
+        before=write_widths,
+    )
 
 
 def _check_name(path: pathlib.Path) -> None:
@@ -387,7 +391,7 @@ def tflite_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
             model_content=source, num_threads=len(os.sched_getaffinity(0))
         )
     takes, gives = (
-        [entry['index'] for entry in sorted(details, key=lambda entry: entry['name'])]
+        [entry['index'] for entry in sorted(details, key=lambda entry: _counted(entry['name']))]
         for details in (interpreter.get_input_details(), interpreter.get_output_details())
     )
     interpreter.allocate_tensors()
@@ -404,6 +408,15 @@ def tflite_function(source: str | os.PathLike | bytes) -> Callable[..., Any]:
         return found[0] if len(found) == 1 else found
 
     return call
+
+
+def _counted(name: str) -> list[str | int]:
+    """What sorts names with numbers in them by these numbers: as text, 10 is before 2.
+
+    >>> sorted(['Identity_10', 'Identity_2', 'Identity'], key=_counted)
+    ['Identity', 'Identity_2', 'Identity_10']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name)]
 
 
 # What runs a file of each format: a function of its path.
@@ -536,12 +549,14 @@ def _compared(
     variables: Any = None,
     tolerance: float | None = None,
     exactly: Callable[..., Any] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Writes a file aside, runs it, and gives it its name if it computes what it should.
 
     That is what `run` does with the network's variables, but for `tolerance` (by default
     `rounding`), and what `exactly` does, where it is given, but for `rounding`. `variables` are
-    those written, if others.
+    those written, if others. `before` the file has its name, what belongs to it is written: where
+    that fails, or all stops in between, there is no file without it.
     """
     number = len(jax.tree.leaves(small.variables if variables is None else variables))
     if path is None:
@@ -559,6 +574,7 @@ def _compared(
                 name, small, call, run, rounding if tolerance is None else tolerance
             )
             size = file.stat().st_size
+            before()
             file.replace(path)
     except OSError as error:
         why = f'{path} cannot be written: {error.strerror or error}'

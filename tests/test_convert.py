@@ -1,6 +1,7 @@
 """Weights from PyTorch and back, by files that NumPy makes."""
 
 from collections.abc import Callable
+import errno
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import jaxkd
-from jaxkd import checkpoint, convert, export, models
+from jaxkd import checkpoint, convert, export, models, workdir
 from jaxkd.convert import command, layouts, names, weights
 from jaxkd.models import (
     convnext,
@@ -355,6 +356,16 @@ def test_export_keeps_to_its_two_files(folder, capsys):
     assert (folder / 'report.json').read_text() == '{"layers": []}'
 
 
+def test_no_weights_without_their_widths(folder, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(workdir, 'write_text', full)
+    with pytest.raises(jaxkd.ExportError, match='cannot be written: No space left'):
+        export.safetensors(jaxkd.load('known'), 'lonely.safetensors')
+    assert not [path for path in folder.iterdir() if 'lonely' in path.name]
+
+
 class Activated(nn.Module):
     activation: Callable = nn.relu
 
@@ -415,6 +426,55 @@ def test_layouts_of_kernels_with_three_axes():
     assert layers['attention.query'] == {'in_features': 4, 'out_features': 6}
     assert layers['attention.out'] == {'in_features': 6, 'out_features': 4}
     assert layers['conv']['kernel_size'] == [3] and 'general' not in layers
+
+
+class Stages(nn.Module):
+    """A convolution and what reads it, several times over, and one of them alone."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Conv(6, (3, 1), feature_group_count=2, name='conv')(x)
+        y = nn.GroupNorm(3, name='norm')(nn.Dense(6, name='dense')(y))
+        return nn.ConvTranspose(4, (2, 2), transpose_kernel=True, name='up')(y), None
+
+
+class Stacked(nn.Module):
+    lift: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        stages = self.lift(Stages, variable_axes={'params': 1}, split_rngs={'params': True})
+        return Stages(name='alone')(stages(name='many')(x, None)[0])[0]
+
+
+@pytest.mark.parametrize(
+    'lift',
+    [
+        functools.partial(nn.scan, length=5),
+        functools.partial(nn.vmap, in_axes=None, out_axes=(0, None), axis_size=5),
+    ],
+)
+def test_description_of_stacked_layers_is_that_of_each(lift):
+    model, x = Stacked(lift), jax.ShapeDtypeStruct((1, 4, 4, 4), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert variables['params']['many']['conv']['kernel'].shape == (3, 5, 1, 2, 6)
+    # Whatever was traced before.
+    jax.eval_shape(model.apply, variables, x)
+    layers = convert.describe(model.apply, variables, [x], model)['layers']
+    assert layers['many.conv'] == {
+        'in_channels': 4,
+        'out_channels': 6,
+        'groups': 2,
+        'kernel_size': [3, 1],
+        'stacked': 5,
+    }
+    assert set(layers) == {
+        f'{stage}.{layer}'
+        for stage in ('many', 'alone')
+        for layer in ('conv', 'dense', 'norm', 'up')
+    }
+    for name in ('conv', 'dense', 'norm', 'up'):
+        assert layers[f'many.{name}'] == layers[f'alone.{name}'] | {'stacked': 5}
 
 
 def test_description_of_a_branch_that_has_gone():

@@ -96,6 +96,33 @@ def test_inputs_and_outputs_of_all_kinds(tmp_path):
     assert export.stablehlo(small, tmp_path / 'odd.hlo').difference < 1e-4
 
 
+class Many(nn.Module):
+    """More inputs and outputs than there are digits, in an order that tells."""
+
+    @nn.compact
+    def __call__(self, x, *more):
+        x = nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2)))
+        return x, *(i * x + other for i, other in enumerate(more))
+
+
+@pytest.mark.parametrize('format', export.OPENED)
+def test_more_than_ten_inputs_and_outputs(tmp_path, format):
+    skip_without(format)
+    inputs = images(1)[:, :4, :4], *[np.zeros((1, 3), np.float32)] * 11
+    model = Many()
+    small = jaxkd.prune(model, model.init(jax.random.key(0), *inputs), *inputs, flops=0.9)
+    assert export.FORMATS[format](small, tmp_path / 'many').difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    'pattern', ['input_{}', 'serving_default_args_{}:0', 'StatefulPartitionedCall:{}']
+)
+def test_names_in_tensorflow_lite_are_in_the_order_of_their_numbers(pattern):
+    names = [pattern.format(number) for number in range(12)]
+    assert sorted(sorted(names), key=export._counted) == names
+    assert export._counted('Identity') < export._counted('Identity_1')
+
+
 class Half(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -277,6 +304,42 @@ def test_int8(run, format, tmp_path, capsys):
     assert found[1] == pytest.approx(found[0], abs=0.03)
     called = export.OPENED[format](tmp_path / 'int8')
     assert called(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
+
+
+def test_int8_saturates_on_no_processor():
+    """Fused, on any instructions, as the file says it: in two steps of its coarsest rounding."""
+    onnx, onnxruntime = map(pytest.importorskip, ('onnx', 'onnxruntime'))
+    random, made, floats = np.random.default_rng(0), onnx.helper, onnx.TensorProto.FLOAT
+    kernels = [np.abs(random.normal(size=(8, 8, 3, 3))).astype(np.float32) for _ in 'kl']
+    graph = made.make_graph(
+        [
+            made.make_node(kind, inputs, outputs)
+            for kind, inputs, outputs in (
+                ('Conv', ['x', 'k'], ['a']),
+                ('Relu', ['a'], ['b']),
+                ('Conv', ['b', 'l'], ['y']),
+            )
+        ],
+        'two',
+        [made.make_tensor_value_info('x', floats, ['batch', 8, 8, 8])],
+        [made.make_tensor_value_info('y', floats, None)],
+        [onnx.numpy_helper.from_array(*pair) for pair in zip(kernels, 'kl', strict=True)],
+    )
+    model = made.make_model(graph, opset_imports=[made.make_opsetid('', 17)], ir_version=8)
+    x = random.random((64, 8, 8, 8), np.float32)
+    small = onnx_graph.quantized(model, x)
+    stored = [onnx.numpy_helper.to_array(one) for one in small.graph.initializer]
+    assert [np.abs(one).max() for one in stored if one.shape == (8, 8, 3, 3)] == [64, 64]
+    levels = onnxruntime.GraphOptimizationLevel
+    found = []
+    for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(
+            small.SerializeToString(), options, providers=['CPUExecutionProvider']
+        )
+        found.append(session.run(None, {'x': x})[0])
+    np.testing.assert_allclose(found[1], found[0], atol=2 * np.ptp(found[0]) / 255)
 
 
 @pytest.mark.parametrize('several', [tuple, list])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -196,33 +198,74 @@ def describe(
     Returns:
       'names' (the library whose names they are), 'model' (class and fields), 'settings' (fields
       that change what is computed), and 'layers': by PyTorch's name of each convolution, Dense and
-      norm, its widths under the names of PyTorch's attributes.
+      norm, its widths under the names of PyTorch's attributes; where `nn.scan` or `nn.vmap` stack
+      layers in one tensor, the widths of each, and under 'stacked' how many they are.
     """
     library = _library(model)
-    leaves = _flat(variables)
-    tensors = arranged(leaves, model, library)
+    leaves, inputs = _flat(variables), tuple(inputs)
+    seen = _own_shapes(run, variables, inputs)
+    own = {name: leaf for name, leaf in seen.items() if name in leaves}
+    tensors = arranged({**leaves, **own}, model, library)
     layers: dict[str, dict[str, Any]] = {}
 
     def record(call, args, kwargs, context):
         module = context.module
         path = 'params/' + '/'.join(module.path)
-        norm = isinstance(module, _NORMS)
-        named = tensors.get(f'{path}/scale' if norm else f'{path}/kernel')
-        if context.method_name == '__call__' and named and isinstance(module, _NORMS + _LAYERS):
+        name = f'{path}/scale' if isinstance(module, _NORMS) else f'{path}/kernel'
+        known = name in own and isinstance(module, _NORMS + _LAYERS)
+        if context.method_name == '__call__' and known:
             given = next(x for x in (*args, *kwargs.values()) if hasattr(x, 'shape'))
-            widths = _widths(module, given.shape[-1], named.order.shape)
+            widths = _widths(module, given.shape[-1], tensors[name].order.shape)
             if widths:
-                layers[named.name.removesuffix('.weight')] = widths
+                stacked = _stacked(leaves[name].shape, own[name].shape)
+                layers[tensors[name].name.removesuffix('.weight')] = widths | stacked
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(record):
-        jax.eval_shape(run, variables, *inputs)
+    _trace(run, variables, inputs, record)
     return {
         'names': library or OWN_NAMES,
         'model': structure.describe(model),
         'settings': settings(model),
         'layers': layers,
     }
+
+
+def _own_shapes(
+    run: Callable[..., Any], variables: Any, inputs: Sequence[Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of each layer that is called, by path, as that layer sees them.
+
+    Of those that `nn.scan` and `nn.vmap` stack, each sees its own.
+    """
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def watch(call, args, kwargs, context):
+        module = context.module
+        if context.method_name == '__call__' and isinstance(module, _NORMS + _LAYERS):
+            path = '/'.join(('params', *module.path))
+            for name, leaf in module.variables.get('params', {}).items():
+                found[f'{path}/{name}'] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return call(*args, **kwargs)
+
+    _trace(run, variables, inputs, watch)
+    return found
+
+
+def _trace(
+    run: Callable[..., Any], variables: Any, inputs: Sequence[Any], watch: Callable[..., Any]
+) -> None:
+    """Has every method that a network calls intercepted, without computing anything."""
+    with nn.intercept_methods(watch):
+        # As a new function: one that JAX has traced before is not called again.
+        jax.eval_shape(lambda *given: run(*given), variables, *inputs)
+
+
+def _stacked(stored: layouts.Shape, own: layouts.Shape) -> dict[str, int]:
+    """How many layers share a tensor; {} where each has its own."""
+    if len(stored) == len(own):
+        return {}
+    more = collections.Counter(stored) - collections.Counter(own)
+    return {'stacked': math.prod(more.elements())}
 
 
 def _widths(module: nn.Module, inputs: int, shape: layouts.Shape) -> dict[str, Any] | None:

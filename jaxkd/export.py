@@ -276,9 +276,9 @@ def safetensors(
         text = json.dumps(described, indent=2) + '\n'
         records.write_text(pathlib.Path(path).with_suffix('.json'), text)
 
+    rounding = _rounding(small, run)
     return _compared(
-        *('safetensors', small, path, written, opened, run, _rounding(small, run)),
-        before=write_widths,
+        'safetensors', small, path, written, opened, run, rounding, before=write_widths
     )
 
 

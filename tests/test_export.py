@@ -469,6 +469,40 @@ def test_groups_of_a_compact_network_in_onnx(tmp_path, gone):
     assert (nn.Conv.__call__, nn.GroupNorm.__call__) == before
 
 
+class Gone(nn.Module):
+    """A branch with what runtimes do not compute of no channels."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        y = nn.relu(nn.Conv(6, (3, 3), name='branch')(x))
+        if self.kind == 'pool':
+            y = nn.max_pool(y, (3, 3), padding='SAME')
+        elif self.kind == 'squeeze':
+            z = nn.Dense(6)(nn.relu(nn.Dense(4)(y.mean((1, 2)))))
+            y = y * nn.sigmoid(z).reshape(z.shape[0], 1, 1, -1)
+        else:
+            y = nn.avg_pool(y, (3, 3), padding='SAME')
+            return nn.Dense(3)(nn.Conv(8, (1, 1))(jnp.concatenate([x, y], -1)).mean((1, 2)))
+        return nn.Dense(3)((x + nn.Conv(8, (1, 1))(y)).mean((1, 2)))
+
+
+@pytest.mark.parametrize('kind', ['pool', 'squeeze', 'concatenate'])
+def test_a_branch_that_has_gone_is_not_computed_in_onnx(tmp_path, kind):
+    skip_without('onnx')
+    import onnx
+
+    model, inputs = Gone(kind), images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    graph = jaxkd.trace(model, variables, inputs)
+    small = jaxkd.compact(graph, variables, {'branch': np.zeros(6, bool)})
+    assert export.onnx(small, tmp_path / 'gone.onnx').difference < 1e-5
+    kinds = [node.op_type for node in onnx.load(tmp_path / 'gone.onnx').graph.node]
+    assert not {'MaxPool', 'AveragePool', 'Sigmoid'} & set(kinds)
+
+
 class Parts(nn.Module):
     def setup(self):
         self.first, self.second, self.head = nn.Conv(8, (3, 3)), nn.Conv(8, (1, 1)), nn.Dense(3)

@@ -32,6 +32,12 @@ _READERS = (
     nn.SelfAttention,
 )
 _NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
+# Functions that jax2onnx replaces by what takes less: no free batch size, no axis by position. What
+# JAX's own are made of it takes.
+_PLAIN = {
+    (module, name): getattr(module, name)
+    for module, name in ((jax.image, 'resize'), (jnp, 'shape'), (jnp, 'full'), (jnp, 'cumsum'))
+}
 # Images that calibrate an int8 network, in batches of so many.
 CALIBRATION_BATCH = 32
 # Of ONNX Runtime's log: fatal errors alone.
@@ -47,7 +53,7 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
     empty = _empty(call, inputs)
 
     def prepared(*inputs):
-        with _plain_pooling(), _seen(own), _constant(empty):
+        with _plain_pooling(), _restored(_PLAIN), _seen(own), _constant(empty):
             return call(*inputs)
 
     log = logging.getLogger('onnx_ir')  # it warns of shapes that it leaves out
@@ -58,6 +64,19 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
         return tidy(jax2onnx.to_onnx(prepared, inputs, return_mode='proto'))
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _restored(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have these functions, whatever has been put in their place."""
+    theirs = {(module, name): getattr(module, name) for module, name in functions}
+    for (module, name), function in functions.items():
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name), function in theirs.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager

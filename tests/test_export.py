@@ -503,6 +503,52 @@ def test_a_branch_that_has_gone_is_not_computed_in_onnx(tmp_path, kind):
     assert not {'MaxPool', 'AveragePool', 'Sigmoid'} & set(kinds)
 
 
+class Resized(nn.Module):
+    method: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        x = jax.image.resize(x, (x.shape[0], 12, 5, x.shape[-1]), self.method)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.BatchNorm(use_running_average=True)(nn.Conv(6, (3, 3))(x))
+        y = x + nn.Conv(8, (1, 1))(nn.relu(y))
+        return y, y.mean((1, 2))
+
+
+class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {'params': 0, 'batch_stats': 0}
+        steps = nn.scan(Step, variable_axes=axes, split_rngs={'params': True}, length=3)
+        x, features = steps()(nn.relu(nn.Conv(8, (3, 3))(x)), None)
+        return nn.Dense(3)(x.mean((1, 2)) + features.sum(0))
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        Resized('nearest'),
+        Resized('bilinear'),
+        Loop(),
+    ],
+    ids=['nearest', 'bilinear', 'scan'],
+)
+def test_what_jax2onnx_alone_does_not_take(tmp_path, model):
+    skip_without('onnx')
+    inputs = images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.9, criterion='l1')
+    before = jax.image.resize, jnp.shape, jnp.full
+    assert export.onnx(small, tmp_path / 'taken.onnx').difference < 1e-5
+    assert (jax.image.resize, jnp.shape, jnp.full) == before
+
+
 class Parts(nn.Module):
     def setup(self):
         self.first, self.second, self.head = nn.Conv(8, (3, 3)), nn.Conv(8, (1, 1)), nn.Dense(3)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -530,14 +531,30 @@ class Loop(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)) + features.sum(0))
 
 
+class Coarse(nn.Module):
+    """Variables in half precision, and what is computed in it."""
+
+    stored: Any
+    computed: Any
+
+    @nn.compact
+    def __call__(self, x):
+        types = {'param_dtype': self.stored, 'dtype': self.computed}
+        x = nn.Conv(8, (3, 3), **types)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, **types)(x))
+        return nn.Dense(3, **types)(x.mean((1, 2)))
+
+
 @pytest.mark.parametrize(
     'model',
     [
         Resized('nearest'),
         Resized('bilinear'),
         Loop(),
+        Coarse(jnp.float16, jnp.float16),
+        Coarse(jnp.bfloat16, None),
     ],
-    ids=['nearest', 'bilinear', 'scan'],
+    ids=['nearest', 'bilinear', 'scan', 'float16', 'bfloat16'],
 )
 def test_what_jax2onnx_alone_does_not_take(tmp_path, model):
     skip_without('onnx')
@@ -545,8 +562,43 @@ def test_what_jax2onnx_alone_does_not_take(tmp_path, model):
     variables = nets.variables_of(model, inputs)
     small = jaxkd.prune(model, variables, inputs, flops=0.9, criterion='l1')
     before = jax.image.resize, jnp.shape, jnp.full
-    assert export.onnx(small, tmp_path / 'taken.onnx').difference < 1e-5
+    limit = 4 * 2.0**-10 if getattr(model, 'computed', None) else 1e-5
+    assert export.onnx(small, tmp_path / 'taken.onnx').difference < limit
     assert (jax.image.resize, jnp.shape, jnp.full) == before
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {'variable_axes': {'params': 0}, 'split_rngs': {'params': True}}
+        each = nn.vmap(nn.Conv, in_axes=None, out_axes=-1, axis_size=2, **axes)
+        return nn.Dense(3)(each(4, (3, 3))(nn.relu(nn.Conv(8, (3, 3))(x))).mean((1, 2, 4)))
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        noise = jax.random.normal(jax.random.key(0), (*x.shape[:-1], 1))
+        return nn.Dense(3)((x + noise).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ('model', 'words'),
+    [
+        (Mapped(), 'no layer under nn.vmap: ask for stablehlo'),
+        (Coarse(jnp.float32, jnp.bfloat16), 'make it with float32'),
+        (Noisy(), 'for a fixed batch size alone: ask for stablehlo'),
+    ],
+)
+def test_what_onnx_cannot_do_is_said(tmp_path, model, words):
+    skip_without('onnx')
+    inputs = images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.9, criterion='l1')
+    with pytest.raises(jaxkd.ExportError, match=words):
+        export.onnx(small, tmp_path / 'no.onnx')
+    assert export.stablehlo(small, tmp_path / 'yes.hlo').path
 
 
 class Parts(nn.Module):

@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import traceback
 from typing import Any, NamedTuple
 import warnings
 
@@ -53,6 +54,17 @@ _NUMBER_WANTED = (
     "'_DimExpr' object cannot be interpreted as an integer",
     'used in a context that requires a constant',
 )
+# What to do about what jax2onnx and ONNX Runtime cannot do, by what they say.
+_OTHER = 'jax2onnx {}: ask for stablehlo'
+_FIXED = _OTHER.format('has an operation of the model for a fixed batch size alone')
+_ADVICE = {
+    '_DynamicDimSentinel': _FIXED,
+    'Batching rule for': _OTHER.format('writes no layer under nn.vmap')
+    + ', or call the layers one after the other',
+    'NOT_IMPLEMENTED : Could not find an implementation': 'ONNX Runtime computes this on a CPU in '
+    'other types alone: where the model has dtype bfloat16, make it with float32 (the dtype of the '
+    'export may be bfloat16 all the same), or ask for stablehlo',
+}
 
 
 class Exported(NamedTuple):
@@ -172,7 +184,8 @@ def onnx(
     own = network(small, apply_kwargs)
     inputs = [jax.ShapeDtypeStruct(_batches(x.shape, 'batch'), x.dtype) for x in _inputs(small)]
     with _failing('onnx', small):
-        model = onnx_graph.converted(functools.partial(own, small.variables), inputs)
+        variables = _widened(own, small.variables, _inputs(small))
+        model = onnx_graph.converted(functools.partial(own, variables), inputs)
         written = model.SerializeToString()
     rounding = _rounding(small, own)
     if dtype != 'float32' or int8 is not None:
@@ -469,9 +482,26 @@ def _failing(name: str, small: CompactModel) -> Iterator[None]:
     except Exception as error:
         full = type(structure.full_module(small.module)).__name__
         why = textwrap.shorten(errors.words(error), 400, placeholder=' …')
-        if any(words in why for words in _NUMBER_WANTED):
-            why = f'the batch size is free: use x.shape[0], not len(x) or int(…) ({why})'
+        if advice := _advice(error, why):
+            why = f'{advice} ({why})'
         raise errors.ExportError(name, f'{full}: {why}') from error
+
+
+def _advice(error: Exception, why: str) -> str | None:
+    """What to do about what a converter raised; None if that is not known.
+
+    A number that is wanted for the batch size is wanted by the model's code, or by the converter's.
+    """
+    if any(words in why for words in _NUMBER_WANTED):
+        asking = False
+        for frame in traceback.extract_tb(error.__traceback__):
+            folders = pathlib.PurePath(frame.filename).parts
+            if 'jax2onnx' in folders or 'jax' not in folders:  # JAX asks for others
+                asking = 'jax2onnx' in folders
+        if asking:
+            return _FIXED
+        return 'the batch size is free: use x.shape[0], not len(x) or int(…)'
+    return next((advice for words, advice in _ADVICE.items() if words in why), None)
 
 
 def _inputs(small: CompactModel) -> list[jax.ShapeDtypeStruct]:
@@ -509,6 +539,25 @@ def _rounding(small: CompactModel, run: Callable[..., Any]) -> float:
         return TOLERANCE
     layers = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(small.variables))
     return TOLERANCE + layers * eps
+
+
+def _widened(run: Callable[..., Any], variables: Any, inputs: Sequence[Any]) -> Any:
+    """The variables with float32 for coarser types, if the outputs are of the same types so.
+
+    Layers that compute in another type round them to it again. jax2onnx takes no kernels of a
+    convolution in half precision, and ONNX Runtime no statistics of a BatchNorm.
+    """
+
+    def wide(leaf):
+        coarse = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        return leaf.astype(np.float32) if coarse else leaf
+
+    widened = jax.tree.map(wide, variables)
+    made, right = (
+        [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(run, given, *inputs))]
+        for given in (widened, variables)
+    )
+    return widened if made == right else variables
 
 
 def _types(jaxpr: Any) -> Iterator[Any]:

@@ -32,6 +32,12 @@ _READERS = (
     nn.SelfAttention,
 )
 _NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm)
+# Functions that jax2onnx replaces by what takes less: no free batch size, no axis by position. What
+# JAX's own are made of it takes.
+_PLAIN = {
+    (module, name): getattr(module, name)
+    for module, name in ((jax.image, 'resize'), (jnp, 'shape'), (jnp, 'full'), (jnp, 'cumsum'))
+}
 # Images that calibrate an int8 network, in batches of so many.
 CALIBRATION_BATCH = 32
 # Of ONNX Runtime's log: fatal errors alone.
@@ -47,7 +53,7 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
     empty = _empty(call, inputs)
 
     def prepared(*inputs):
-        with _plain_pooling(), _seen(own), _constant(empty):
+        with _plain_pooling(), _restored(_PLAIN), _seen(own), _constant(empty):
             return call(*inputs)
 
     log = logging.getLogger('onnx_ir')  # it warns of shapes that it leaves out
@@ -58,6 +64,19 @@ def converted(call: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
         return tidy(jax2onnx.to_onnx(prepared, inputs, return_mode='proto'))
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _restored(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have these functions, whatever has been put in their place."""
+    theirs = {(module, name): getattr(module, name) for module, name in functions}
+    for (module, name), function in functions.items():
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name), function in theirs.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager
@@ -189,6 +208,7 @@ def tidy(model: Any) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    _drop_empty(model.graph)
     # What a converter infers of shapes is inferred again, with the layouts that there are now.
     del model.graph.value_info[:]
     with tempfile.TemporaryDirectory() as folder:
@@ -203,6 +223,55 @@ def tidy(model: Any) -> Any:
     del model.opset_import[:]
     model.opset_import.extend(imports)
     return model
+
+
+def _drop_empty(graph: Any) -> None:
+    """Leaves out arrays of no channels, as where a branch has gone, and what they are made of.
+
+    A runtime computes them all the same, and refuses to pool or to reshape arrays without elements.
+    A concatenation does not need them; and the batch size, which a layer may read off such an
+    array, is read off an input.
+    """
+    import onnx
+
+    sizes = {
+        info.name: [size.dim_param or size.dim_value for size in info.type.tensor_type.shape.dim]
+        for info in (*graph.input, *graph.value_info)
+    }
+    stored = {one.name: one for one in graph.initializer}
+    sizes |= {name: list(one.dims) for name, one in stored.items()}
+    empty = {name for name, shape in sizes.items() if 0 in shape}
+    free = {
+        size: (given.name, axis)
+        for given in graph.input
+        for axis, size in enumerate(sizes[given.name])
+        if isinstance(size, str)
+    }
+    shapes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == 'Shape'}
+    nodes, kept = [], []
+    for node in graph.node:
+        if node.op_type == 'Concat' and not empty.issuperset(node.input):
+            node.input[:] = [name for name in node.input if name not in empty]
+        elif node.op_type == 'Gather' and shapes.get(node.input[0]) in empty:
+            index = stored.get(node.input[1])
+            if index is not None and np.prod(index.dims) == 1:
+                index = onnx.numpy_helper.to_array(index)
+                size = sizes[shapes[node.input[0]]][index.item()]
+                if size in free:
+                    given, axis = free[size]
+                    name = f'{node.output[0]}_of_input'
+                    nodes.append(onnx.helper.make_node('Shape', [given], [name]))
+                    _add(graph, {f'{name}_axis': np.full_like(index, axis)})
+                    node.input[:] = [name, f'{name}_axis']
+        nodes.append(node)
+    reads = collections.Counter(output.name for output in graph.output)
+    for node in reversed(nodes):
+        if any(reads[name] for name in node.output):
+            kept.append(node)
+            reads += _reads_of(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    _drop_unread(graph)
 
 
 def _clip(graph: Any) -> None:
@@ -314,10 +383,16 @@ def _reads(graph: Any) -> collections.Counter[str]:
     """How often each array is read: by nodes, those of branches and loops, too, or as an output."""
     reads = collections.Counter(output.name for output in graph.output)
     for node in graph.node:
-        reads.update(node.input)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):  # empty where it is a number, say
-                reads += _reads(inner)
+        reads += _reads_of(node)
+    return reads
+
+
+def _reads_of(node: Any) -> collections.Counter[str]:
+    """How often a node reads each array."""
+    reads = collections.Counter(node.input)
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):  # empty where it is a number, say
+            reads += _reads(inner)
     return reads
 
 

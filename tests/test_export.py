@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -467,6 +468,137 @@ def test_groups_of_a_compact_network_in_onnx(tmp_path, gone):
     before = nn.Conv.__call__, nn.GroupNorm.__call__
     assert export.onnx(small, tmp_path / 'groups.onnx').difference < 1e-5
     assert (nn.Conv.__call__, nn.GroupNorm.__call__) == before
+
+
+class Gone(nn.Module):
+    """A branch with what runtimes do not compute of no channels."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        y = nn.relu(nn.Conv(6, (3, 3), name='branch')(x))
+        if self.kind == 'pool':
+            y = nn.max_pool(y, (3, 3), padding='SAME')
+        elif self.kind == 'squeeze':
+            z = nn.Dense(6)(nn.relu(nn.Dense(4)(y.mean((1, 2)))))
+            y = y * nn.sigmoid(z).reshape(z.shape[0], 1, 1, -1)
+        else:
+            y = nn.avg_pool(y, (3, 3), padding='SAME')
+            return nn.Dense(3)(nn.Conv(8, (1, 1))(jnp.concatenate([x, y], -1)).mean((1, 2)))
+        return nn.Dense(3)((x + nn.Conv(8, (1, 1))(y)).mean((1, 2)))
+
+
+@pytest.mark.parametrize('kind', ['pool', 'squeeze', 'concatenate'])
+def test_a_branch_that_has_gone_is_not_computed_in_onnx(tmp_path, kind):
+    skip_without('onnx')
+    import onnx
+
+    model, inputs = Gone(kind), images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    graph = jaxkd.trace(model, variables, inputs)
+    small = jaxkd.compact(graph, variables, {'branch': np.zeros(6, bool)})
+    assert export.onnx(small, tmp_path / 'gone.onnx').difference < 1e-5
+    kinds = [node.op_type for node in onnx.load(tmp_path / 'gone.onnx').graph.node]
+    assert not {'MaxPool', 'AveragePool', 'Sigmoid'} & set(kinds)
+
+
+class Resized(nn.Module):
+    method: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        x = jax.image.resize(x, (x.shape[0], 12, 5, x.shape[-1]), self.method)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.BatchNorm(use_running_average=True)(nn.Conv(6, (3, 3))(x))
+        y = x + nn.Conv(8, (1, 1))(nn.relu(y))
+        return y, y.mean((1, 2))
+
+
+class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {'params': 0, 'batch_stats': 0}
+        steps = nn.scan(Step, variable_axes=axes, split_rngs={'params': True}, length=3)
+        x, features = steps()(nn.relu(nn.Conv(8, (3, 3))(x)), None)
+        return nn.Dense(3)(x.mean((1, 2)) + features.sum(0))
+
+
+class Coarse(nn.Module):
+    """Variables in half precision, and what is computed in it."""
+
+    stored: Any
+    computed: Any
+
+    @nn.compact
+    def __call__(self, x):
+        types = {'param_dtype': self.stored, 'dtype': self.computed}
+        x = nn.Conv(8, (3, 3), **types)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, **types)(x))
+        return nn.Dense(3, **types)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        Resized('nearest'),
+        Resized('bilinear'),
+        Loop(),
+        Coarse(jnp.float16, jnp.float16),
+        Coarse(jnp.bfloat16, None),
+    ],
+    ids=['nearest', 'bilinear', 'scan', 'float16', 'bfloat16'],
+)
+def test_what_jax2onnx_alone_does_not_take(tmp_path, model):
+    skip_without('onnx')
+    inputs = images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.9, criterion='l1')
+    before = jax.image.resize, jnp.shape, jnp.full
+    limit = 4 * 2.0**-10 if getattr(model, 'computed', None) else 1e-5
+    assert export.onnx(small, tmp_path / 'taken.onnx').difference < limit
+    assert (jax.image.resize, jnp.shape, jnp.full) == before
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {'variable_axes': {'params': 0}, 'split_rngs': {'params': True}}
+        each = nn.vmap(nn.Conv, in_axes=None, out_axes=-1, axis_size=2, **axes)
+        return nn.Dense(3)(each(4, (3, 3))(nn.relu(nn.Conv(8, (3, 3))(x))).mean((1, 2, 4)))
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        noise = jax.random.normal(jax.random.key(0), (*x.shape[:-1], 1))
+        return nn.Dense(3)((x + noise).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ('model', 'words'),
+    [
+        (Mapped(), 'no layer under nn.vmap: ask for stablehlo'),
+        (Coarse(jnp.float32, jnp.bfloat16), 'make it with float32'),
+        (Noisy(), 'for a fixed batch size alone: ask for stablehlo'),
+    ],
+)
+def test_what_onnx_cannot_do_is_said(tmp_path, model, words):
+    skip_without('onnx')
+    inputs = images(1)[:, :8, :8]
+    variables = nets.variables_of(model, inputs)
+    small = jaxkd.prune(model, variables, inputs, flops=0.9, criterion='l1')
+    with pytest.raises(jaxkd.ExportError, match=words):
+        export.onnx(small, tmp_path / 'no.onnx')
+    assert export.stablehlo(small, tmp_path / 'yes.hlo').path
 
 
 class Parts(nn.Module):

@@ -7,8 +7,8 @@ gradient of max pooling (4 to 10 times). So depthwise convolutions are written h
 shifted products, one for each position of the kernel; 1×1 convolutions and those with strides or
 few outputs as matrix products; 3×3 convolutions of many channels, which XLA:CPU runs as fast as
 matrix products, by Winograd's algorithm, with 4/9 of the multiplications. Values and gradients are
-those of `jax.lax.conv_general_dilated` and `flax.linen.max_pool`, to rounding. The first two serve
-on a GPU as well, where images are small.
+those of `jax.lax.conv_general_dilated` and `flax.linen.max_pool`, to rounding. On a GPU the first
+two serve as well, where images are small, and the pooling.
 
     with jaxkd.cpu.fast_convolutions():
         logits = model.apply(variables, images)

@@ -248,6 +248,19 @@ def _drop_empty(graph: Any) -> None:
         if isinstance(size, str)
     }
     shapes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == 'Shape'}
+
+    def read_off_input(node):
+        """Has a free size of an empty array taken from an input; the node that this needs."""
+        index = onnx.numpy_helper.to_array(stored[node.input[1]])
+        size = sizes[shapes[node.input[0]]][index.item()]
+        if size not in free:
+            return []
+        given, axis = free[size]
+        name = f'{node.output[0]}_of_input'
+        _add(graph, {f'{name}_axis': np.full_like(index, axis)})
+        node.input[:] = [name, f'{name}_axis']
+        return [onnx.helper.make_node('Shape', [given], [name])]
+
     nodes, kept = [], []
     for node in graph.node:
         if node.op_type == 'Concat' and not empty.issuperset(node.input):
@@ -255,14 +268,7 @@ def _drop_empty(graph: Any) -> None:
         elif node.op_type == 'Gather' and shapes.get(node.input[0]) in empty:
             index = stored.get(node.input[1])
             if index is not None and np.prod(index.dims) == 1:
-                index = onnx.numpy_helper.to_array(index)
-                size = sizes[shapes[node.input[0]]][index.item()]
-                if size in free:
-                    given, axis = free[size]
-                    name = f'{node.output[0]}_of_input'
-                    nodes.append(onnx.helper.make_node('Shape', [given], [name]))
-                    _add(graph, {f'{name}_axis': np.full_like(index, axis)})
-                    node.input[:] = [name, f'{name}_axis']
+                nodes += read_off_input(node)
         nodes.append(node)
     reads = collections.Counter(output.name for output in graph.output)
     for node in reversed(nodes):

@@ -196,7 +196,7 @@ def _networks(
 def _xla(
     network: CompactModel, inputs: Sequence[jax.Array], apply_kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
-    run = export.network(network, apply_kwargs, cpu.fast_convolutions)
+    run = export.network(network, apply_kwargs, cpu.fast_layers)
     # The variables are in the program, as in a file: to hand in hundreds of arrays takes as long as
     # a small network does.
     whole = jax.jit(functools.partial(run, jax.device_put(network.variables)))

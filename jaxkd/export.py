@@ -127,7 +127,7 @@ def stablehlo(
 
     @contextlib.contextmanager
     def fast():
-        with within(), cpu.fast_convolutions():
+        with within(), cpu.fast_layers():
             yield
 
     run, run_fast = (network(small, apply_kwargs, context) for context in (within, fast))

@@ -32,7 +32,7 @@ def computing(dtype: str) -> Iterator[None]:
     one that they hand on to their layers). A dtype that somebody has chosen stays. With 'float32'
     nothing changes.
 
-    As with `jaxkd.cpu.fast_convolutions`, what counts is where a function is traced.
+    As with `jaxkd.cpu.fast_layers`, what counts is where a function is traced.
 
     Args:
       dtype: one of `DTYPES`.

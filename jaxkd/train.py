@@ -219,7 +219,7 @@ def make_train_step(
             """Gradients of the mean loss, new statistics and metrics."""
             inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
             inputs = inputs.astype(compute_dtype)
-            with cpu.fast_convolutions(), precision.computing(compute_dtype):
+            with cpu.fast_layers(), precision.computing(compute_dtype):
                 taught = None
                 if teacher == AVERAGE:
                     own = fold(state.ema['params'], None) if fold else state.ema['params']
@@ -413,7 +413,7 @@ def _logits(
     """Logits in eval mode, float32 [batch, classes], and labels."""
     images, labels = _gather(batch, meshes.along_batch(mesh))
     inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
-    with cpu.fast_convolutions():
+    with cpu.fast_layers():
         return features.taught(model, variables, inputs).logits, labels
 
 
@@ -439,7 +439,7 @@ def recalibrate(
         images, _ = _gather(batch, split)
         inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
         inputs = inputs.astype(compute_dtype)
-        with cpu.fast_convolutions(), precision.computing(compute_dtype):
+        with cpu.fast_layers(), precision.computing(compute_dtype):
             _, new = model.apply(
                 variables,
                 inputs,

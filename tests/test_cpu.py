@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxkd import cpu
-from jaxkd.cpu import convolution
+from jaxkd.cpu import layers
 
 # Compiling is most of what these tests do, and nothing here runs long enough to need fast code.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -106,31 +106,35 @@ def convolutions(draw):
 
 
 @pytest.mark.parametrize(
-    ('shape', 'kernel', 'strides', 'padding', 'dilation'),
+    ('shape', 'kernel', 'strides', 'padding', 'dilation', 'any_size'),
     [
-        ((3, 2, 2, 5), (3, 3), (1, 1), 'SAME', (1, 1)),
-        ((2, 4, 3, 4), (3, 2), (2, 2), [(1, 0), (-1, 2)], (1, 1)),
-        ((2, 5, 1, 3), (2, 1), (1, 3), 'VALID', (3, 1)),
-        ((2, 7, 3), (5,), (2,), 'SAME_LOWER', (1,)),
-        ((2, 9, 8, 16), (3, 2), (2, 1), 'SAME', (1, 2)),
-        ((0, 4, 4, 16), (1, 1), (1, 1), 'SAME', (1, 1)),
+        # Few outputs.
+        ((3, 2, 2, 5, 6), (3, 3), (1, 1), 'SAME', (1, 1), False),
+        ((2, 4, 3, 6, 7), (3, 2), (2, 2), [(1, 0), (-1, 2)], (1, 1), False),
+        ((2, 5, 1, 5, 6), (2, 1), (1, 3), 'VALID', (3, 1), False),
+        ((2, 7, 5, 6), (5,), (2,), 'SAME_LOWER', (1,), False),
+        # Many features, and the few channels of an image.
+        ((2, 9, 8, 6, 24), (3, 2), (2, 1), 'SAME', (1, 2), True),
+        ((2, 9, 8, 16, 32), (5, 5), (1, 1), 'SAME', (1, 1), True),
+        ((2, 9, 8, 3, 6), (3, 3), (2, 2), 'SAME', (1, 1), True),
+        ((2, 9, 8, 4, 6), (3, 3), (1, 1), 'SAME', (1, 1), True),
+        ((0, 4, 4, 16, 6), (1, 1), (1, 1), 'SAME', (1, 1), True),
     ],
 )
-def test_matrix_products_equal_lax(shape, kernel, strides, padding, dilation):
-    x, kernel = normal(*shape), normal(*kernel, shape[-1], 6, seed=1)
+def test_matrix_products_equal_lax(shape, kernel, strides, padding, dilation, any_size):
+    *shape, features = shape
+    x, kernel = normal(*shape), normal(*kernel, shape[-1], features, seed=1)
     options = {'rhs_dilation': dilation, 'dimension_numbers': LAYOUTS[len(strides)]}
     assert_same_as_lax(x, kernel, strides, padding, **options)
     program = jax.make_jaxpr(
         lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
     )(x, kernel)
     assert 'conv_general_dilated' not in str(program) and 'dot_general' in str(program)
-    if x.shape[-1] >= 16:  # of any size, with strides
-        return
     larger = jnp.tile(x, (1, *[5] * len(strides), 1))
     program = jax.make_jaxpr(
         lambda x, k: cpu.conv_general_dilated(x, k, strides, padding, **options)
     )(larger, kernel)
-    assert 'conv_general_dilated' in str(program)
+    assert ('conv_general_dilated' not in str(program)) is any_size
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -339,7 +343,7 @@ def record_calls(monkeypatch):
         calls.append(kwargs.get('feature_group_count', 1))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(convolution, 'conv_general_dilated', recorded)
+    monkeypatch.setattr(layers, 'conv_general_dilated', recorded)
     return calls
 
 
@@ -373,7 +377,7 @@ def test_interceptor_keeps_parameters_and_outputs(model, reference, monkeypatch)
     def both():
         expected = run(reference)
         assert not calls
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             return run(model), expected
 
     (variables, actual), (expected_variables, expected) = jit(both)()
@@ -393,7 +397,7 @@ def test_mutable_collections(monkeypatch):
         variables = model.init(jax.random.key(0), x)
         options = {'train': True, 'mutable': ['batch_stats', 'intermediates']}
         expected = model.apply(variables, x, capture_intermediates=True, **options)
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             return model.apply(variables, x, capture_intermediates=True, **options), expected
 
     actual, expected = jit(both)()
@@ -414,7 +418,7 @@ def test_own_convolution_is_left_alone(monkeypatch):
         own.append(1)
         return lax.conv_general_dilated(*args, **kwargs)
 
-    with cpu.fast_convolutions():
+    with cpu.fast_layers():
         trace_init(nn.Conv(2, 1, conv_general_dilated=own_convolution))
         trace_init(nn.Conv(2, 1, conv_general_dilated_cls=lambda: own_convolution))
     assert len(own) == 2 and not calls
@@ -423,10 +427,10 @@ def test_own_convolution_is_left_alone(monkeypatch):
 def test_nothing_happens_on_a_tpu_or_after_the_context(monkeypatch):
     calls = record_calls(monkeypatch)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-    with cpu.fast_convolutions():
+    with cpu.fast_layers():
         trace_init(Setup())
     on_cpu(monkeypatch)
-    with cpu.fast_convolutions():
+    with cpu.fast_layers():
         pass
     trace_init(Setup())
     assert not calls
@@ -436,12 +440,12 @@ def test_a_gpu_has_its_own_forms(monkeypatch):
     """Depthwise and 1×1 convolutions of few pixels are written anew there, in float32; others not,
     such as strided ones of 3×3."""
     key = jax.random.key(0)
-    pointwise, strided = nn.Conv(16, (1, 1)), nn.Conv(16, (3, 3), 2)
+    pointwise, strided = nn.Conv(16, (1, 1)), nn.Conv(24, (3, 3), 2)
     depthwise = nn.Conv(16, (3, 3), feature_group_count=16)
 
     def anew(backend, x, dtype=jnp.float32):
         monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             programs = [
                 str(jax.make_jaxpr(layer.clone(dtype=dtype).init_with_output)(key, x))
                 for layer in (pointwise, depthwise, strided)
@@ -468,7 +472,7 @@ def test_the_field_is_restored_after_an_error(monkeypatch):
             finally:
                 seen.append(layer.conv_general_dilated)
 
-    with cpu.fast_convolutions(), pytest.raises(Exception):  # noqa: B017
+    with cpu.fast_layers(), pytest.raises(Exception):  # noqa: B017
         trace_init(Failing())
     assert seen == [None]
 
@@ -491,7 +495,7 @@ def test_together_with_an_interceptor_that_clones(monkeypatch, fast_outside):
         with nn.intercept_methods(narrower):
             variables = model.init(jax.random.key(0), x)
             expected = model.apply(variables, x)
-        first, second = cpu.fast_convolutions(), nn.intercept_methods(narrower)
+        first, second = cpu.fast_layers(), nn.intercept_methods(narrower)
         if not fast_outside:
             first, second = second, first
         with first, second:

@@ -979,7 +979,7 @@ def test_the_fast_form_of_the_cpu_runs_but_is_not_traced():
     model = Net(grouped_flatten)
     variables = variables_of(model, IMAGES)
     graph = jaxkd.trace(model, variables, IMAGES)
-    with cpu.fast_convolutions():
+    with cpu.fast_layers():
         within = jaxkd.trace(model, variables, IMAGES)
         keep = half(graph)
         small = jaxkd.compact(within, variables, keep)

@@ -153,7 +153,7 @@ def test_a_loop_of_ones_own_finds_the_same(teacher):
     graph = jaxkd.trace(MODEL, teacher, IMAGES, train=False)
 
     def fast(variables, batch):  # as learn_structure does it: the same rounding
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             return loss(variables, batch)
 
     params, rest = teacher['params'], {'batch_stats': teacher['batch_stats']}

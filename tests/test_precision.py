@@ -35,7 +35,7 @@ def _returned(model):
 
 
 def _half(model, variables, images):
-    with precision.computing('bfloat16'), cpu.fast_convolutions():
+    with precision.computing('bfloat16'), cpu.fast_layers():
         return model.apply(variables, images.astype(jnp.bfloat16))
 
 
@@ -182,14 +182,14 @@ def test_training_in_bfloat16_learns_alike_and_keeps_float32(learned):
     }
 
 
-def test_gradients_of_fast_convolutions_in_bfloat16():
+def test_gradients_of_fast_layers_in_bfloat16():
     """Depthwise and 1×1, in the form for CPUs: float32, and near those in float32."""
     model = models.layers.ConvBN(8, 3, groups=8)
     variables = model.init(jax.random.key(0), IMAGES)
 
     def gradients(dtype):
         def loss(params):
-            with precision.computing(dtype), cpu.fast_convolutions():
+            with precision.computing(dtype), cpu.fast_layers():
                 out, _ = model.apply(
                     {**variables, 'params': params},
                     IMAGES.astype(dtype),

@@ -1,11 +1,9 @@
 """`jax.lax.conv_general_dilated` in the form that XLA runs fastest on a CPU, or on a GPU."""
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import math
 from typing import Any
 
-from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -18,15 +16,16 @@ MAX_KERNEL_POSITIONS = 64
 # Pixels of an output that are few. On two cores a 3×3 kernel with 512 channels and a batch of 32
 # takes, by lax and as a matrix product, 269 and 4 ms for 2×2 pixels, 8.6 and 9.0 ms for 3×3.
 FEW_OUTPUTS = 4
-# With a stride, the product takes 0.7 to 0.8 of lax's time, forward and backward; it is slower for
-# the three channels of an image, which have no gradient.
-STRIDED_CHANNELS = 16
+# With as many features, or as few channels (an image's), the product takes 0.4 to 0.7 of lax's
+# time, forward and backward, with or without a stride; it is the gradient of the kernel that lax is
+# slow at. With 16 features or fewer it is slower.
+PRODUCT_FEATURES, PRODUCT_CHANNELS = 24, 4
 # Winograd's transforms cost as much a channel however many there are, and the products cost less
-# the fewer there are. On two cores, forward and backward, batch 64, its time is 1.5 to 2 of lax's
-# with 16 channels; with 32, 1.2 for up to 8×8 pixels, 0.8 for 16×16 and 0.3 for 32×32; from 64 on,
-# 0.4 to 0.65, and less for many pixels. A layer of it takes 1.5 s more to compile: with fewer
-# multiply-adds than WINOGRAD_WORK no more than 2 ms a step are saved, and a short run ends later.
-WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_WORK = 32, 64, 2**26
+# the fewer there are. On two cores, forward and backward, its time is 0.25 to 0.5 of lax's, and 0.4
+# to 0.9 of the product's, from 12 channels on; with 8 it is level with them. A layer of it takes
+# 1 to 2 s more to compile: with fewer multiply-adds than WINOGRAD_WORK no more than 2 ms a step
+# are saved, and a short run ends later.
+WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_WORK = 12, 32, 2**26
 # What those two may hold meanwhile: memory may be dearer than time.
 MAX_BYTES = 2**30
 # On a GPU, in float32 and with few pixels: cuDNN's kernels are many there, and each is launched by
@@ -51,9 +50,9 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, in another form where XLA runs that faster.
 
     Depthwise convolutions (one input channel per group, any channel multiplier, stride, padding and
-    kernel dilation), 1×1 convolutions and those of one group with strides or few outputs, of
-    floats in channels-last layout, have such a form; 3×3 convolutions of one group, stride one and
-    many channels in float32 or float64, too. On a GPU the first two have it, in float32 and with
+    kernel dilation), 1×1 convolutions and those of one group with many features or few channels or
+    outputs, of floats in channels-last layout, have such a form; 3×3 convolutions of one group and
+    stride one in float32 or float64, too. On a GPU the first two have it, in float32 and with
     few outputs. Everything else, and all on other backends, is handed to lax. Works under jit,
     vmap, checkpoint and reverse-mode differentiation, of higher order too (`jax.jvp` of
     `jax.grad` included). The fast forms have no forward-mode derivative of their own (`jax.jvp`,
@@ -117,47 +116,6 @@ def conv_general_dilated(
     if multiplier > 1:
         lhs = jnp.repeat(lhs, multiplier, axis=-1)
     return depthwise.convolution(lhs, rhs.squeeze(-2), strides, pads, dilation)
-
-
-@contextlib.contextmanager
-def fast_convolutions() -> Iterator[None]:
-    """Makes every `flax.linen.Conv` called inside use this module's `conv_general_dilated`.
-
-    Only where the default backend is a CPU or a GPU. Parameters, their names and initial values
-    stay as they are, outputs too, to rounding. A layer which was given a `conv_general_dilated` or
-    `conv_general_dilated_cls` of its own keeps it. Lifted modules (`nn.remat`, `nn.scan`,
-    `nn.vmap`) and further interceptors, inside or around, work as before.
-
-    What counts is where a function is traced: a `jax.jit`-compiled function that was first called
-    outside this context, with arguments of the same shapes, keeps its slow convolutions, and one
-    first called inside keeps its fast ones. Modules under `nn.jit` have such a cache of their own.
-    """
-    if jax.default_backend() not in ('cpu', 'gpu'):
-        yield
-        return
-    with nn.intercept_methods(_use_fast_convolution):
-        yield
-
-
-def _use_fast_convolution(
-    call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-) -> Any:
-    module = context.module
-    if (
-        not isinstance(module, nn.Conv)
-        or context.method_name != '__call__'
-        or module.conv_general_dilated is not None
-        or module.conv_general_dilated_cls is not None
-    ):
-        return call(*args, **kwargs)
-    # For the length of the call the field is set on the module itself, not on a clone: parameter
-    # names, scope and collections cannot change, no interceptor sees a second call, and one that
-    # clones the module to change other fields hands this one on.
-    object.__setattr__(module, 'conv_general_dilated', conv_general_dilated)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        object.__setattr__(module, 'conv_general_dilated', None)
 
 
 def _fast_form(
@@ -235,15 +193,11 @@ def _fast_form(
         return None  # an output without elements
     outputs = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
     if kind == 'dense':
-        strided = max(strides) > 1 and channels >= STRIDED_CHANNELS
-        if math.prod(outputs) <= FEW_OUTPUTS or (strided and _rows_fit(lhs, rhs, outputs)):
-            kind = 'product'
-        elif (
-            kernel == (3, 3)
-            and max(strides + dilation) == 1
-            and _worth_winograd(lhs, rhs, outputs, pads)
-        ):
+        plain = kernel == (3, 3) and max(strides + dilation) == 1
+        if plain and math.prod(outputs) > FEW_OUTPUTS and _worth_winograd(lhs, rhs, outputs, pads):
             kind = 'winograd'
+        elif _worth_product(lhs, rhs, outputs):
+            kind = 'product'
         else:
             return None
     if not _faster(kind, dtype, math.prod(outputs)):
@@ -259,9 +213,16 @@ def _faster(kind: str, dtype: jnp.dtype, outputs: int) -> bool:
     return backend == 'cpu'
 
 
-def _rows_fit(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:
-    seen = math.prod(outputs) * math.prod(rhs.shape[:-1]) * lhs.dtype.itemsize
-    return isinstance(lhs.shape[0], int) and lhs.shape[0] * seen <= MAX_BYTES
+def _worth_product(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:
+    channels, features = rhs.shape[-2:]
+    if math.prod(outputs) <= FEW_OUTPUTS:
+        return True
+    rows = math.prod(outputs) * math.prod(rhs.shape[:-1]) * lhs.dtype.itemsize
+    return (
+        isinstance(lhs.shape[0], int)
+        and (features >= PRODUCT_FEATURES or channels <= PRODUCT_CHANNELS)
+        and lhs.shape[0] * rows <= MAX_BYTES
+    )
 
 
 def _worth_winograd(
@@ -274,5 +235,5 @@ def _worth_winograd(
         min(rhs.shape[-2:]) >= WINOGRAD_CHANNELS
         and tiles >= WINOGRAD_TILES
         and lhs.shape[0] * math.prod(outputs) * rhs.size >= WINOGRAD_WORK
-        and 16 * tiles * max(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
+        and winograd.INPUTS**2 * tiles * max(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
     )

@@ -29,8 +29,8 @@ def max_pool(
     a window has the gradient, too. No forward-mode derivative. On other backends, and for windows
     of more than 64 positions, this is `flax.linen.max_pool`.
 
-    Forward and backward, this takes a half of the time for windows of 3×3 with stride 2, a tenth
-    and less for 2×2, on two cores; on an H200 in bfloat16 a half and a quarter
+    Forward and backward, this takes a half of the time on two cores, and on an H200 in bfloat16 for
+    windows of 3×3 with stride 2; there a quarter and less for others
     (`benchmarks/results/gpu_forms.json`).
 
     Args:
@@ -53,7 +53,19 @@ def max_pool(
         return nn.max_pool(inputs, window, strides, padding)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(inputs.shape[1:-1], window, strides, padding)
-    return _max_pool(inputs, window, strides, tuple((int(p[0]), int(p[1])) for p in padding))
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    if jax.default_backend() != 'cpu':
+        return _max_pool(inputs, window, strides, pads)
+    # One axis after the other, the last first, for the first of equal values to stay the same one.
+    for axis in reversed(range(len(window))):
+        alone = functools.partial(_alone, axis=axis, rank=len(window))
+        inputs = _max_pool(inputs, alone(window, 1), alone(strides, 1), alone(pads, (0, 0)))
+    return inputs
+
+
+def _alone(values, nothing, axis, rank):
+    """`values` with `nothing` on the other axes."""
+    return tuple(values[i] if i == axis else nothing for i in range(rank))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -1,31 +1,60 @@
-"""3×3 convolutions of stride one with 4/9 of the multiplications.
+"""3×3 convolutions of stride one with a quarter of the multiplications.
 
-Winograd's minimal filtering F(2×2, 3×3), after Lavin & Gray, "Fast Algorithms for Convolutional
-Neural Networks" (arXiv 1509.09308): four neighbouring outputs are made from a tile of 4×4 inputs
-by 16 multiplications instead of 36. For an input tile d and a kernel g
+Winograd's minimal filtering F(4×4, 3×3), after Lavin & Gray, "Fast Algorithms for Convolutional
+Neural Networks" (arXiv 1509.09308): 16 neighbouring outputs are made from a tile of 6×6 inputs by
+36 multiplications instead of 144. For an input tile d and a kernel g
 
     y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A                                                       (eq. 7)
 
-where the products ⊙, summed over the input channels, are 16 matrix products over all tiles. The
-gradients are the adjoint maps around the same 16 products, so they save as much. The transforms
-only add, subtract and halve: in float32 the results are as near to the true ones as those of the
-plain sums.
+where the products ⊙, summed over the input channels, are 36 matrix products over all tiles. The
+gradients are the adjoint maps around the same products, so they save as much. Each map runs along
+the rows, then along the columns, of all tiles at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkd.cpu import windows
 
 # (low, high) zeros around height and width; negative: cropped.
 Pads = tuple[tuple[int, int], tuple[int, int]]
-# A function from a list of arrays to a list of arrays, linear.
-Linear = Callable[[Sequence[Any]], list[Any]]
+
+# Of a tile, along an axis.
+OUTPUTS, INPUTS = 4, 6
+# The polynomials behind a tile are evaluated here and at infinity. In float32 the outputs are then
+# as near to the true ones as plain sums are; with the usual 0, ±1, ±2 they are four times as far.
+POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
+
+
+def _maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bᵀ [INPUTS, INPUTS], G [INPUTS, 3] and Aᵀ [OUTPUTS, INPUTS].
+
+    By the construction of Cook and Toom (arXiv 1509.09308, section 4.1): the adjoint of multiplying
+    two polynomials by their values at the points, divided in G by the Lagrange polynomials'
+    denominators.
+    """
+
+    def powers(number):
+        at_infinity = np.eye(number)[-1:]
+        return np.concatenate([np.vander(POINTS, number, increasing=True), at_infinity])
+
+    others = [[q for q in POINTS if q != p] for p in POINTS]
+    denominators = [math.prod(p - q for q in rest) for p, rest in zip(POINTS, others)]
+    through_others = [[*np.poly(rest)[::-1], 0.0] for rest in others]
+    of_inputs = np.array([*through_others, np.poly(POINTS)[::-1]])
+    # The points cancel in pairs: what is left of that is rounding.
+    of_inputs[np.abs(of_inputs) < 1e-12] = 0.0
+    return of_inputs, powers(3) / np.array([*denominators, 1.0])[:, None], powers(OUTPUTS).T
+
+
+OF_INPUTS, OF_KERNEL, OF_PRODUCTS = _maps()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -37,128 +66,142 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads, precision: Any = No
     Returns:
       [batch, height + low + high - 2, width + low + high - 2, features].
     """
-    return _outputs(x, kernel, pads, precision)
+    products = _matmul('ptc,pcf->ptf', _transform(x, pads), _transform_kernel(kernel), precision)
+    height, width = (n + low + high - 2 for n, (low, high) in zip(x.shape[1:3], pads))
+    return _outputs(products, (x.shape[0], *_tiles(x.shape, pads)))[:, :height, :width]
 
 
 def num_tiles(shape: Sequence[int], pads: Pads) -> int:
     """How many tiles of outputs an input [batch, height, width, …] has.
 
-    Each takes 16 values a channel and 16 a feature while it is computed.
+    Each takes INPUTS² values a channel and as many a feature while it is computed.
     """
-    rows, columns = _tiles(shape, pads)
-    return shape[0] * rows * columns
+    return shape[0] * math.prod(_tiles(shape, pads))
 
 
 def _tiles(shape, pads):
-    return tuple(-(-(n + low + high - 2) // 2) for n, (low, high) in zip(shape[1:3], pads))
-
-
-def _outputs(x, kernel, pads, precision):
-    rows, columns = _tiles(x.shape, pads)
-    seen, transformed = _input_tiles(x, pads), _kernel_tiles(kernel)
-    # The barriers, here and below, keep what is elementwise out of the products' operands, where
-    # XLA:CPU would compute it once for each use, one element at a time.
-    products = lax.optimization_barrier(
-        [jnp.matmul(v, u, precision=precision) for v, u in zip(seen, transformed)]
-    )
-    outputs = _both_axes(_sum_products, _split(products, rows, columns))
-    height, width = (n + low + high - 2 for n, (low, high) in zip(x.shape[1:3], pads))
-    return windows.interleave([y for row in outputs for y in row], (2, 2))[:, :height, :width]
+    return tuple(-(-(n + low + high - 2) // OUTPUTS) for n, (low, high) in zip(shape[1:3], pads))
 
 
 def _forward(x, kernel, pads, precision):
-    # Not by `convolution`: that would leave the gradient without a forward-mode derivative. The
-    # tiles are made again in the backward pass: they are four times as large as x.
-    return _outputs(x, kernel, pads, precision), (x, kernel)
+    # The tiles are made again in the backward pass: they are more than twice as large as x.
+    return convolution.fun(x, kernel, pads, precision), (x, kernel)
 
 
 def _backward(pads, precision, residuals, cotangent):
     x, kernel = residuals
-    rows, columns = _tiles(x.shape, pads)
-    seen, transformed = _input_tiles(x, pads), _kernel_tiles(kernel)
-    whole = [(0, 2 * tiles - n) for tiles, n in zip((rows, columns), cotangent.shape[1:3])]
-    cotangent = lax.optimization_barrier(windows.pad(cotangent, whole))
-    phases = [[cotangent[:, i::2, j::2] for j in range(2)] for i in range(2)]
-    products = _flat(_both_axes(_sum_products_adjoint, phases))
-
-    of_seen = [jnp.matmul(m, u.T, precision=precision) for m, u in zip(products, transformed)]
-    of_tiles = _both_axes(_transform_input_adjoint, _split(of_seen, rows, columns))
-    # Neighbouring tiles overlap by two.
-    of_x = windows.give_back(
-        {(i, j): of_tiles[i][j] for i in range(4) for j in range(4)}, x.shape[1:3], (2, 2), pads
-    )
-
-    of_kernel_tiles = [jnp.matmul(v.T, m, precision=precision) for v, m in zip(seen, products)]
-    grid = [of_kernel_tiles[4 * i : 4 * i + 4] for i in range(4)]
-    of_kernel = _both_axes(_transform_kernel_adjoint, grid)
-    return of_x, jnp.stack([jnp.stack(row) for row in of_kernel])
+    rest = [
+        (0, OUTPUTS * tiles - n) for tiles, n in zip(_tiles(x.shape, pads), cotangent.shape[1:3])
+    ]
+    products = _outputs_adjoint(lax.optimization_barrier(windows.pad(cotangent, rest)))
+    of_tiles = _matmul('ptf,pcf->ptc', products, _transform_kernel(kernel), precision)
+    of_kernel = _matmul('ptc,ptf->pcf', _transform(x, pads), products, precision)
+    return _transform_adjoint(of_tiles, x.shape, pads), _transform_kernel_adjoint(of_kernel)
 
 
 convolution.defvjp(_forward, _backward)
 
 
-# The maps Bᵀ, G and Aᵀ of one axis (arXiv 1509.09308, section 4.1) and their adjoints.
+# Barriers, here and below, end what XLA:CPU fuses: it would compute what is elementwise once for
+# each use, inside the products' operands one element at a time.
 
 
-def _transform_input(d):
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+def _matmul(axes, a, b, precision):
+    """One matrix product for each position p in a tile."""
+    return lax.optimization_barrier(jnp.einsum(axes, a, b, precision=precision))
 
 
-def _transform_input_adjoint(v):
-    return [v[0], v[1] - v[2] + v[3], v[1] + v[2] - v[0], -v[3]]
+def _apply(matrix, arrays):
+    """The rows of a small matrix as sums of arrays."""
 
+    def term(factor, a):
+        return a if factor == 1 else -a if factor == -1 else float(factor) * a
 
-def _transform_kernel(g):
-    return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
-
-
-def _transform_kernel_adjoint(u):
-    return [u[0] + (u[1] + u[2]) / 2, (u[1] - u[2]) / 2, (u[1] + u[2]) / 2 + u[3]]
-
-
-def _sum_products(m):
-    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
-
-
-def _sum_products_adjoint(y):
-    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
-
-
-def _both_axes(linear: Linear, grid: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """`linear` along the rows, then along the columns, of a grid of arrays."""
-    along_rows = [linear(row) for row in grid]
-    along_columns = [linear(column) for column in zip(*along_rows)]
-    return [list(row) for row in zip(*along_columns)]
-
-
-def _input_tiles(x, pads):
-    """BᵀdB: 16 times [tiles, channels]."""
-    rows, columns = _tiles(x.shape, pads)
-    x = lax.optimization_barrier(windows.pad(x, _whole_tiles(x, pads)))
-    grid = [[windows.seen(x, (i, j), (rows, columns), (2, 2)) for j in range(4)] for i in range(4)]
-    return _flat(_both_axes(_transform_input, grid))
-
-
-def _kernel_tiles(kernel):
-    """GgGᵀ: 16 times [channels, features]."""
-    grid = _both_axes(_transform_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    return lax.optimization_barrier([u for row in grid for u in row])
-
-
-def _whole_tiles(x, pads):
-    """The pads, with as much after as an even number of outputs needs."""
     return [
-        (low, 2 * tiles + 2 - n - low)
-        for n, tiles, (low, _) in zip(x.shape[1:3], _tiles(x.shape, pads), pads)
+        functools.reduce(jnp.add, [term(f, a) for f, a in zip(row, arrays, strict=True) if f])
+        for row in matrix
     ]
 
 
-def _flat(grid):
-    """A grid of [batch, rows, columns, channels] as a list of [tiles, channels]."""
-    return lax.optimization_barrier([a.reshape(-1, a.shape[-1]) for row in grid for a in row])
+def _along(a, axis):
+    return [lax.index_in_dim(a, i, axis, keepdims=False) for i in range(a.shape[axis])]
 
 
-def _split(flat, rows, columns):
-    """A list of 16 times [tiles, channels] as a grid of [batch, rows, columns, channels]."""
-    arrays = [a.reshape(-1, rows, columns, a.shape[-1]) for a in flat]
-    return [arrays[4 * i : 4 * i + 4] for i in range(4)]
+# An axis is worked on as the middle one of [what is before, axis, what is behind].
+
+
+def _transform(x, pads):
+    """BᵀdB of all tiles, [INPUTS², tiles, channels]."""
+    rows, columns = _tiles(x.shape, pads)
+    whole = [
+        (low, OUTPUTS * tiles + 2 - n - low)
+        for n, tiles, (low, _) in zip(x.shape[1:3], (rows, columns), pads)
+    ]
+    x = lax.optimization_barrier(windows.pad(x, whole))
+    batch, height, width, channels = x.shape
+    lines = _seen(x.reshape(batch, height, width * channels), rows)
+    lines = lax.optimization_barrier(jnp.stack(_apply(OF_INPUTS, lines)))
+    cells = _seen(lines.reshape(-1, width, channels), columns)
+    cells = [a.reshape(INPUTS, -1, channels) for a in _apply(OF_INPUTS, cells)]
+    return lax.optimization_barrier(jnp.stack(cells, 1).reshape(INPUTS**2, -1, channels))
+
+
+def _transform_adjoint(of_tiles, shape, pads):
+    """From [INPUTS², tiles, channels] to `shape`, that of x."""
+    batch, height, width, channels = shape
+    rows, columns = _tiles(shape, pads)
+    grid = of_tiles.reshape(INPUTS, INPUTS, -1, channels)
+    cells = [a.reshape(-1, columns, channels) for a in _apply(OF_INPUTS.T, _along(grid, 1))]
+    lines = lax.optimization_barrier(_give_back(cells, width, pads[1]))
+    lines = lines.reshape(INPUTS, batch, rows, width * channels)
+    lines = _apply(OF_INPUTS.T, _along(lines, 0))
+    return _give_back(lines, height, pads[0]).reshape(shape)
+
+
+def _transform_kernel(kernel):
+    """GgGᵀ, [INPUTS², channels, features]."""
+    lines = jnp.stack(_apply(OF_KERNEL, _along(kernel, 0)))
+    grid = jnp.stack(_apply(OF_KERNEL, _along(lines, 1)), 1)
+    return lax.optimization_barrier(grid.reshape(INPUTS**2, *kernel.shape[2:]))
+
+
+def _transform_kernel_adjoint(of_kernel):
+    """From [INPUTS², channels, features] to [3, 3, channels, features]."""
+    grid = of_kernel.reshape(INPUTS, INPUTS, *of_kernel.shape[1:])
+    lines = jnp.stack(_apply(OF_KERNEL.T, _along(grid, 1)), 1)
+    return jnp.stack(_apply(OF_KERNEL.T, _along(lines, 0)))
+
+
+def _outputs(products, tiles):
+    """AᵀmA, [batch, OUTPUTS · rows, OUTPUTS · columns, features]; `tiles`: batch, rows, columns."""
+    batch, rows, columns = tiles
+    features = products.shape[-1]
+    grid = products.reshape(INPUTS, INPUTS, -1, features)
+    cells = [a.reshape(-1, columns, features) for a in _apply(OF_PRODUCTS, _along(grid, 1))]
+    lines = lax.optimization_barrier(windows.interleave(cells, (OUTPUTS,)))
+    lines = _apply(OF_PRODUCTS, _along(lines.reshape(INPUTS, batch, rows, -1), 0))
+    return windows.interleave(lines, (OUTPUTS,)).reshape(
+        batch, OUTPUTS * rows, OUTPUTS * columns, features
+    )
+
+
+def _outputs_adjoint(cotangent):
+    """From what `_outputs` returns to [INPUTS², tiles, features]."""
+    batch, height, width, features = cotangent.shape
+    lines = cotangent.reshape(batch, height // OUTPUTS, OUTPUTS, width * features)
+    lines = jnp.stack(_apply(OF_PRODUCTS.T, _along(lines, 2)))
+    cells = lax.optimization_barrier(lines).reshape(INPUTS, -1, OUTPUTS, features)
+    cells = jnp.stack(_apply(OF_PRODUCTS.T, _along(cells, 2)), 1)
+    return lax.optimization_barrier(cells.reshape(INPUTS**2, -1, features))
+
+
+def _seen(x, tiles):
+    """What tiles see at each of their positions along the middle axis."""
+    return [windows.seen(x, (i,), (tiles,), (OUTPUTS,)) for i in range(INPUTS)]
+
+
+def _give_back(pieces, size, pads):
+    """The adjoint of padding to whole tiles and `_seen`."""
+    return windows.give_back(
+        {(i,): piece for i, piece in enumerate(pieces)}, (size,), (OUTPUTS,), (pads,)
+    )

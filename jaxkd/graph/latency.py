@@ -219,7 +219,7 @@ def network(
 
     def run(*leaves):
         variables, inputs = jax.tree.unflatten(tree, leaves)
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             return resize.apply(model, variables, *inputs, **apply_kwargs)
 
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)

@@ -96,7 +96,7 @@ class CompactModel:
         `method` is a method of the model or its name. On a CPU, convolutions run in the form that
         is fast there.
         """
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             return resize.apply(self.module, variables, *args, method=method, **kwargs)
 
 

@@ -435,7 +435,7 @@ def applied(model: nn.Module, apply_kwargs: Mapping[str, Any]) -> Callable[[Any,
 
     def as_written(call, args, kwargs, context):
         if getattr(context.module, 'conv_general_dilated', None) is cpu.conv_general_dilated:
-            # Inside `cpu.fast_convolutions`: a sum of shifted products has no cost to be seen.
+            # Inside `cpu.fast_layers`: a sum of shifted products has no cost to be seen.
             object.__setattr__(context.module, 'conv_general_dilated', None)
         if context.module.scope is not None:
             _trust_initializers(context.module.scope)

@@ -237,7 +237,7 @@ def learn_structure(
         raise errors.ConfigError('budget', budget, why=why)
 
     def value_and_changed(variables, batch):
-        with cpu.fast_convolutions():
+        with cpu.fast_layers():
             result = loss(variables, batch)
         return result if isinstance(result, tuple) else (result, {})
 

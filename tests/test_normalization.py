@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxkd import cpu
-from jaxkd.cpu import normalization
+from jaxkd.cpu import fusion, normalization
 from tests.test_cpu import assert_close, jit, normal
 
 
@@ -125,3 +125,10 @@ def test_statistics_that_may_not_change_are_refused_as_by_flax():
     variables = model.init(jax.random.key(0), x)
     with cpu.fast_layers(), pytest.raises(Exception, match='batch_stats'):
         model.apply(variables, x)
+
+
+def test_materialize_is_the_identity_and_stays_in_the_program(optimized):
+    x = jnp.array([jnp.inf, jnp.nan, -1.0])
+    np.testing.assert_array_equal(fusion.materialize(x, x), x)
+    program = jax.jit(fusion.materialize).lower(normal(8, 16, 4), jnp.ones(4)).compile()
+    assert 'conditional(' in program.as_text(), 'XLA knows the condition'

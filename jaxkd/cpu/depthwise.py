@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxkd.cpu import windows
+from jaxkd.cpu import fusion, windows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -41,7 +41,7 @@ def _forward(x, kernel, strides, pads, dilation):
 
 def _backward(strides, pads, dilation, residuals, cotangent):
     x, kernel = residuals
-    cotangent = lax.optimization_barrier(cotangent)
+    cotangent = fusion.materialize(cotangent, kernel)
     return (
         _input_gradient(cotangent, kernel, x.shape[1:-1], strides, pads, dilation),
         _kernel_gradient(x, cotangent, kernel, strides, pads, dilation),

@@ -54,7 +54,6 @@ class Case(NamedTuple):
 
     Attributes:
       name: in `jaxkd.models`.
-      arguments: for jaxkd's.
       image: height, width and channels.
       arguments: for both.
       here: for jaxkd's alone.

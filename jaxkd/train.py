@@ -219,7 +219,7 @@ def make_train_step(
             """Gradients of the mean loss, new statistics and metrics."""
             inputs = data.normalize(views, preprocessing.mean, preprocessing.std)
             inputs = inputs.astype(compute_dtype)
-            with cpu.fast_layers(), precision.computing(compute_dtype):
+            with precision.computing(compute_dtype), cpu.fast_layers():
                 taught = None
                 if teacher == AVERAGE:
                     own = fold(state.ema['params'], None) if fold else state.ema['params']
@@ -439,7 +439,7 @@ def recalibrate(
         images, _ = _gather(batch, split)
         inputs = data.normalize(images, preprocessing.mean, preprocessing.std)
         inputs = inputs.astype(compute_dtype)
-        with cpu.fast_layers(), precision.computing(compute_dtype):
+        with precision.computing(compute_dtype), cpu.fast_layers():
             _, new = model.apply(
                 variables,
                 inputs,

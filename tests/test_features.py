@@ -117,7 +117,7 @@ def test_a_compact_network_has_the_features_of_the_full_one(name, dtype):
 
     def run(module, variables):
         def outputs(variables, images):
-            with cpu.fast_layers(), precision.computing(dtype):
+            with precision.computing(dtype), cpu.fast_layers():
                 return features.outputs(module, variables, images, lambda name: True)[0]
 
         return jax.jit(outputs)(variables, IMAGES.astype(dtype))

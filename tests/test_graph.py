@@ -898,7 +898,7 @@ def test_init_and_use_as_a_submodule(classifier):
             return nn.Dense(2)(self.inner(x))
 
     outer = Outer(small.module)
-    variables = jax.jit(outer.init)(jax.random.key(0), x)
+    variables = jax.jit(outer.init)(jax.random.key(1), x)
     inner = variables['params']['inner']
     assert jax.tree.map(jnp.shape, inner) == jax.tree.map(jnp.shape, small.variables['params'])
     variables['params']['inner'] = small.variables['params']

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import cpu
+from jaxkd import cpu, precision
 from jaxkd.cpu import fusion, normalization
 from tests.test_cpu import assert_close, jit, normal
 
@@ -116,8 +116,31 @@ def test_flax_has_the_rest(monkeypatch):
     assert not ours(nn.BatchNorm(), x[:, 0, 0])
     assert not ours(nn.BatchNorm(axis=1), normal(2, 3, 3))
     assert not ours(Doubled(), x)
+    with precision.computing('bfloat16'):
+        assert not ours(nn.BatchNorm(), x)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     assert not ours(nn.BatchNorm(), x)
+
+
+@pytest.mark.parametrize('stored', [jnp.float32, jnp.bfloat16])
+def test_variables_that_are_missing_or_of_another_dtype_are_left_to_flax(stored):
+    model, x = nn.BatchNorm(use_running_average=False), normal(2, 4, 4, 3)
+    variables = model.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda a: a.astype(stored), variables['params'])
+    rest = {} if stored == jnp.float32 else {'batch_stats': variables['batch_stats']}
+
+    def gradient(params):
+        def loss(params):
+            y, new = model.apply({'params': params, **rest}, x, mutable=['batch_stats'])
+            return jnp.sum(y**3), new
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    expected = gradient(params)
+    with cpu.fast_layers():
+        actual = gradient(params)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert jax.tree.map(lambda a: a.dtype, actual) == jax.tree.map(lambda a: a.dtype, expected)
 
 
 def test_statistics_that_may_not_change_are_refused_as_by_flax():

@@ -1,6 +1,9 @@
 """Winograd's 3×3 convolution: the algorithm on a case by hand, and against lax."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +77,33 @@ def test_gradients_of_gradients_equal_lax():
         return jax.jvp(jax.grad(loss), (kernel,), (jnp.ones_like(kernel),))[1]
 
     assert_close(curvature(winograd.convolution), curvature(plain))
+
+
+DIVIDED = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxkd.cpu import winograd
+mesh = jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+split, everywhere = NamedSharding(mesh, P('data')), NamedSharding(mesh, P())
+pads = ((1, 1), (1, 1))
+loss = lambda k, x: jnp.sum(jnp.sin(winograd.convolution(x, k, pads)))
+given = jnp.ones((3, 3, 5, 6)), jnp.ones((8, 9, 7, 5))
+step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(everywhere, split))
+text = step.lower(*given).compile().as_text()
+print('gathered' if 'all-gather' in text else 'divided', 'all-reduce' in text)
+"""
+
+
+def test_devices_share_the_batch():
+    environment = {
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+        'JAX_PLATFORMS': 'cpu',
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', DIVIDED], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ['divided', 'True']
 
 
 def uses_winograd(x, kernel, strides=(1, 1), **options):

@@ -235,5 +235,5 @@ def _worth_winograd(
         min(rhs.shape[-2:]) >= WINOGRAD_CHANNELS
         and tiles >= WINOGRAD_TILES
         and lhs.shape[0] * math.prod(outputs) * rhs.size >= WINOGRAD_WORK
-        and winograd.INPUTS**2 * tiles * max(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
+        and winograd.INPUTS**2 * tiles * sum(rhs.shape[-2:]) * lhs.dtype.itemsize <= MAX_BYTES
     )

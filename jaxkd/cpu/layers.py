@@ -20,8 +20,9 @@ def fast_layers() -> Iterator[None]:
     `flax.linen.BatchNorm` that computes statistics of a batch in float32 or float64, on a CPU.
     Parameters, their names and initial values stay as they are, outputs too, to rounding. A layer
     which was given a `conv_general_dilated` or `conv_general_dilated_cls` of its own keeps it.
-    Lifted modules (`nn.remat`, `nn.scan`, `nn.vmap`) and further interceptors, inside or around,
-    work as before.
+    Lifted modules (`nn.remat`, `nn.scan`, `nn.vmap`) and interceptors around work as before, those
+    inside as well, but that they do not see such a BatchNorm. The fast layers have no forward-mode
+    derivative (`jax.jvp`).
 
     What counts is where a function is traced: a `jax.jit`-compiled function that was first called
     outside this context, with arguments of the same shapes, keeps its slow layers, and one first
@@ -41,8 +42,12 @@ def _use_fast_layer(
         return call(*args, **kwargs)
     if isinstance(context.module, nn.Conv):
         return _convolve(context.module, call, args, kwargs)
-    if type(context.module) is nn.BatchNorm and jax.default_backend() == 'cpu':
-        return _normalize(context.module, call, *args, **kwargs)
+    if (
+        type(context.module) is nn.BatchNorm
+        and jax.default_backend() == 'cpu'
+        and (inputs := _of_a_batch(context.module, *args, **kwargs)) is not None
+    ):
+        return _normalize(context.module, inputs)
     return call(*args, **kwargs)
 
 
@@ -59,16 +64,15 @@ def _convolve(module: nn.Conv, call: Callable, args: tuple, kwargs: dict) -> Any
         object.__setattr__(module, 'conv_general_dilated', None)
 
 
-def _normalize(
+def _of_a_batch(
     module: nn.BatchNorm,
-    call: Callable,
     x: jax.Array,
     use_running_average: bool | None = None,
     *,
     mask: jax.Array | None = None,
-) -> jax.Array:
+) -> jax.Array | None:
+    """The inputs of a call that `batch_norm` can stand in for, or None."""
     running = nn.merge_param('use_running_average', module.use_running_average, use_running_average)
-    dtypes = {x.dtype, jnp.dtype(module.dtype or x.dtype), jnp.dtype(module.param_dtype)}
     if (
         running
         or module.is_initializing()
@@ -78,20 +82,23 @@ def _normalize(
         or module.axis not in (-1, x.ndim - 1)
         or x.ndim < 3
         or x.size == 0
-        or not dtypes <= {jnp.dtype(jnp.float32)}
-        and not dtypes <= {jnp.dtype(jnp.float64)}
+        or not all(module.has_variable('batch_stats', name) for name in ('mean', 'var'))
     ):
-        return call(x, use_running_average, mask=mask)
+        return None
+    stored = module.variables.get('params', {}).values()
+    dtypes = {jnp.dtype(module.dtype or x.dtype), *(a.dtype for a in (x, *stored))}
+    fast = dtypes == {jnp.dtype(jnp.float32)} or dtypes == {jnp.dtype(jnp.float64)}
+    return x if fast else None
+
+
+def _normalize(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
     channels = x.shape[-1:]
-    scale = (
-        module.param('scale', module.scale_init, channels, module.param_dtype)
-        if module.use_scale
-        else jnp.ones(channels, x.dtype)
-    )
-    bias = (
-        module.param('bias', module.bias_init, channels, module.param_dtype)
-        if module.use_bias
-        else jnp.zeros(channels, x.dtype)
+    scale, bias = (
+        module.param(name, init, channels, module.param_dtype) if used else fill(channels, x.dtype)
+        for name, init, used, fill in (
+            ('scale', module.scale_init, module.use_scale, jnp.ones),
+            ('bias', module.bias_init, module.use_bias, jnp.zeros),
+        )
     )
     y, *statistics = batch_norm(x, scale, bias, module.epsilon)
     for name, new in zip(('mean', 'var'), statistics):

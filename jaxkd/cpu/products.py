@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxkd.cpu import windows
+from jaxkd.cpu import fusion, windows
 
 
 def pointwise(
@@ -27,6 +27,7 @@ def pointwise(
     return product.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def dense(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -37,8 +38,18 @@ def dense(
 ) -> jax.Array:
     """[batch, *spatial, channels] by [*kernel, channels, features]: what each output sees, in a
     row, times the kernel as a matrix."""
-    features = rhs.shape[-1]
-    kernel = rhs.shape[:-2]
+    return _dense(lhs, rhs, strides, pads, dilation, precision)
+
+
+def _dense(lhs, rhs, strides, pads, dilation, precision):
+    rows = lax.optimization_barrier(_rows(lhs, rhs.shape[:-2], strides, pads, dilation))
+    kernel = rhs.reshape(-1, rhs.shape[-1])
+    product = jnp.matmul(rows.reshape(-1, rows.shape[-1]), kernel, precision=precision)
+    return product.reshape(*rows.shape[:-1], rhs.shape[-1])
+
+
+def _rows(lhs, kernel, strides, pads, dilation):
+    """[batch, *output sizes, kernel positions · channels]."""
     sizes, pads = windows.output_sizes_and_tight_pads(
         lhs.shape[1:-1], kernel, strides, pads, dilation
     )
@@ -47,9 +58,26 @@ def dense(
         windows.seen(x, [i * d for i, d in zip(k, dilation)], sizes, strides)
         for k in windows.positions(kernel)
     ]
-    rows = jnp.concatenate(seen, -1)
-    product = _matmul(rows.reshape(-1, rows.shape[-1]), rhs.reshape(-1, features), precision)
-    return product.reshape(*rows.shape[:-1], features)
+    return jnp.concatenate(seen, -1)
+
+
+def _dense_forward(lhs, rhs, strides, pads, dilation, precision):
+    return _dense(lhs, rhs, strides, pads, dilation, precision), (lhs, rhs)
+
+
+def _dense_backward(strides, pads, dilation, precision, residuals, cotangent):
+    lhs, rhs = residuals
+    # Or XLA would keep the rows, a multiple of lhs, until here.
+    lhs = fusion.materialize(lhs, cotangent)
+    rows, give_back = jax.vjp(lambda x: _rows(x, rhs.shape[:-2], strides, pads, dilation), lhs)
+    cotangent = cotangent.reshape(-1, rhs.shape[-1])
+    of_rows, of_kernel = _matmul_backward(
+        precision, (rows.reshape(-1, rows.shape[-1]), rhs.reshape(-1, rhs.shape[-1])), cotangent
+    )
+    return *give_back(of_rows.reshape(rows.shape)), of_kernel.reshape(rhs.shape)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -21,7 +21,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.cpu import windows
+from jaxkd.cpu import fusion, windows
 
 # (low, high) zeros around height and width; negative: cropped.
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -66,9 +66,7 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads, precision: Any = No
     Returns:
       [batch, height + low + high - 2, width + low + high - 2, features].
     """
-    products = _matmul('ptc,pcf->ptf', _transform(x, pads), _transform_kernel(kernel), precision)
-    height, width = (n + low + high - 2 for n, (low, high) in zip(x.shape[1:3], pads))
-    return _outputs(products, (x.shape[0], *_tiles(x.shape, pads)))[:, :height, :width]
+    return _convolve(x, kernel, pads, precision)
 
 
 def num_tiles(shape: Sequence[int], pads: Pads) -> int:
@@ -83,13 +81,21 @@ def _tiles(shape, pads):
     return tuple(-(-(n + low + high - 2) // OUTPUTS) for n, (low, high) in zip(shape[1:3], pads))
 
 
+def _convolve(x, kernel, pads, precision):
+    products = _matmul('ptc,pcf->ptf', _transform(x, pads), _transform_kernel(kernel), precision)
+    height, width = (n + low + high - 2 for n, (low, high) in zip(x.shape[1:3], pads))
+    return _outputs(products, (x.shape[0], *_tiles(x.shape, pads)))[:, :height, :width]
+
+
 def _forward(x, kernel, pads, precision):
-    # The tiles are made again in the backward pass: they are more than twice as large as x.
-    return convolution.fun(x, kernel, pads, precision), (x, kernel)
+    # Not by `convolution`: that would leave the gradient without a forward-mode derivative.
+    return _convolve(x, kernel, pads, precision), (x, kernel)
 
 
 def _backward(pads, precision, residuals, cotangent):
     x, kernel = residuals
+    # Or XLA would keep the tiles, which are more than twice as large as x, until here.
+    x = fusion.materialize(x, cotangent)
     rest = [
         (0, OUTPUTS * tiles - n) for tiles, n in zip(_tiles(x.shape, pads), cotangent.shape[1:3])
     ]
@@ -102,8 +108,7 @@ def _backward(pads, precision, residuals, cotangent):
 convolution.defvjp(_forward, _backward)
 
 
-# Barriers, here and below, end what XLA:CPU fuses: it would compute what is elementwise once for
-# each use, inside the products' operands one element at a time.
+# Barriers, here and below, keep XLA from rewriting what is around the products into them.
 
 
 def _matmul(axes, a, b, precision):
@@ -127,7 +132,8 @@ def _along(a, axis):
     return [lax.index_in_dim(a, i, axis, keepdims=False) for i in range(a.shape[axis])]
 
 
-# An axis is worked on as the middle one of [what is before, axis, what is behind].
+# The maps work on the last axis but one. The batch stays an axis by itself: where it is divided
+# among devices, each then does its own part.
 
 
 def _transform(x, pads):
@@ -141,7 +147,7 @@ def _transform(x, pads):
     batch, height, width, channels = x.shape
     lines = _seen(x.reshape(batch, height, width * channels), rows)
     lines = lax.optimization_barrier(jnp.stack(_apply(OF_INPUTS, lines)))
-    cells = _seen(lines.reshape(-1, width, channels), columns)
+    cells = _seen(lines.reshape(INPUTS, batch, rows, width, channels), columns)
     cells = [a.reshape(INPUTS, -1, channels) for a in _apply(OF_INPUTS, cells)]
     return lax.optimization_barrier(jnp.stack(cells, 1).reshape(INPUTS**2, -1, channels))
 
@@ -150,8 +156,8 @@ def _transform_adjoint(of_tiles, shape, pads):
     """From [INPUTS², tiles, channels] to `shape`, that of x."""
     batch, height, width, channels = shape
     rows, columns = _tiles(shape, pads)
-    grid = of_tiles.reshape(INPUTS, INPUTS, -1, channels)
-    cells = [a.reshape(-1, columns, channels) for a in _apply(OF_INPUTS.T, _along(grid, 1))]
+    grid = of_tiles.reshape(INPUTS, INPUTS, batch, rows, columns, channels)
+    cells = _apply(OF_INPUTS.T, _along(grid, 1))
     lines = lax.optimization_barrier(_give_back(cells, width, pads[1]))
     lines = lines.reshape(INPUTS, batch, rows, width * channels)
     lines = _apply(OF_INPUTS.T, _along(lines, 0))
@@ -176,13 +182,10 @@ def _outputs(products, tiles):
     """AᵀmA, [batch, OUTPUTS · rows, OUTPUTS · columns, features]; `tiles`: batch, rows, columns."""
     batch, rows, columns = tiles
     features = products.shape[-1]
-    grid = products.reshape(INPUTS, INPUTS, -1, features)
-    cells = [a.reshape(-1, columns, features) for a in _apply(OF_PRODUCTS, _along(grid, 1))]
-    lines = lax.optimization_barrier(windows.interleave(cells, (OUTPUTS,)))
+    grid = products.reshape(INPUTS, INPUTS, batch, rows, columns, features)
+    lines = lax.optimization_barrier(_interleave(_apply(OF_PRODUCTS, _along(grid, 1))))
     lines = _apply(OF_PRODUCTS, _along(lines.reshape(INPUTS, batch, rows, -1), 0))
-    return windows.interleave(lines, (OUTPUTS,)).reshape(
-        batch, OUTPUTS * rows, OUTPUTS * columns, features
-    )
+    return _interleave(lines).reshape(batch, OUTPUTS * rows, OUTPUTS * columns, features)
 
 
 def _outputs_adjoint(cotangent):
@@ -196,12 +199,25 @@ def _outputs_adjoint(cotangent):
 
 
 def _seen(x, tiles):
-    """What tiles see at each of their positions along the middle axis."""
-    return [windows.seen(x, (i,), (tiles,), (OUTPUTS,)) for i in range(INPUTS)]
+    """What tiles see at each of their positions."""
+    others = x.shape[1:-2]
+    first, ones = (0,) * len(others), (1,) * len(others)
+    return [windows.seen(x, (*first, i), (*others, tiles), (*ones, OUTPUTS)) for i in range(INPUTS)]
 
 
 def _give_back(pieces, size, pads):
     """The adjoint of padding to whole tiles and `_seen`."""
+    others = pieces[0].shape[1:-2]
+    first, ones = (0,) * len(others), (1,) * len(others)
+    nothing = ((0, 0),) * len(others)
     return windows.give_back(
-        {(i,): piece for i, piece in enumerate(pieces)}, (size,), (OUTPUTS,), (pads,)
+        {(*first, i): piece for i, piece in enumerate(pieces)},
+        (*others, size),
+        (*ones, OUTPUTS),
+        (*nothing, pads),
     )
+
+
+def _interleave(pieces):
+    """The outputs of tiles at each of their positions, in their order."""
+    return windows.interleave(pieces, (*(1,) * (pieces[0].ndim - 3), OUTPUTS))

@@ -21,7 +21,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.cpu import fusion, windows
+from jaxkd.cpu import windows
 
 # (low, high) zeros around height and width; negative: cropped.
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -94,8 +94,6 @@ def _forward(x, kernel, pads, precision):
 
 def _backward(pads, precision, residuals, cotangent):
     x, kernel = residuals
-    # Or XLA would keep the tiles, which are more than twice as large as x, until here.
-    x = fusion.materialize(x, cotangent)
     rest = [
         (0, OUTPUTS * tiles - n) for tiles, n in zip(_tiles(x.shape, pads), cotangent.shape[1:3])
     ]

@@ -93,8 +93,8 @@ class CompactModel:
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """What `model.apply` does, at the compact widths: `mutable=`, `rngs=` and all.
 
-        `method` is a method of the model or its name. On a CPU, convolutions run in the form that
-        is fast there.
+        `method` is a method of the model or its name. On a CPU, convolutions and BatchNorms run in
+        the form that is fast there.
         """
         with cpu.fast_layers():
             return resize.apply(self.module, variables, *args, method=method, **kwargs)

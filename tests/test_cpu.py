@@ -113,6 +113,7 @@ def convolutions(draw):
         ((2, 4, 3, 6, 7), (3, 2), (2, 2), [(1, 0), (-1, 2)], (1, 1), False),
         ((2, 5, 1, 5, 6), (2, 1), (1, 3), 'VALID', (3, 1), False),
         ((2, 7, 5, 6), (5,), (2,), 'SAME_LOWER', (1,), False),
+        ((0, 2, 2, 5, 6), (3, 3), (1, 1), 'SAME', (1, 1), False),
         # Many features, and the few channels of an image.
         ((2, 9, 8, 6, 24), (3, 2), (2, 1), 'SAME', (1, 2), True),
         ((2, 9, 8, 16, 32), (5, 5), (1, 1), 'SAME', (1, 1), True),

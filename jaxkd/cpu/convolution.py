@@ -193,10 +193,11 @@ def _fast_form(
         return None  # an output without elements
     outputs = [(p - e) // s + 1 for p, e, s in zip(padded, extents, strides, strict=True)]
     if kind == 'dense':
+        few = math.prod(outputs) <= FEW_OUTPUTS
         plain = kernel == (3, 3) and max(strides + dilation) == 1
-        if plain and math.prod(outputs) > FEW_OUTPUTS and _worth_winograd(lhs, rhs, outputs, pads):
+        if plain and not few and _worth_winograd(lhs, rhs, outputs, pads):
             kind = 'winograd'
-        elif _worth_product(lhs, rhs, outputs):
+        elif few or _worth_product(lhs, rhs, outputs):
             kind = 'product'
         else:
             return None
@@ -215,8 +216,6 @@ def _faster(kind: str, dtype: jnp.dtype, outputs: int) -> bool:
 
 def _worth_product(lhs: jax.Array, rhs: jax.Array, outputs: Sequence[int]) -> bool:
     channels, features = rhs.shape[-2:]
-    if math.prod(outputs) <= FEW_OUTPUTS:
-        return True
     rows = math.prod(outputs) * math.prod(rhs.shape[:-1]) * lhs.dtype.itemsize
     return (
         isinstance(lhs.shape[0], int)

@@ -550,21 +550,25 @@ from jaxkd import checkpoint
 
 {state_of}
 
+def say(*words):
+    # In one go: nothing is said by halves.
+    os.write(1, (' '.join(map(str, words)) + '\\n').encode())
+
 def run():
     stage = checkpoint.Stage(sys.argv[1])
     found = stage.restore()
     step = -1 if found is None else found[0]
-    print('start', os.getpid(), step, flush=True)
+    say('start', os.getpid(), step)
     deadline = time.monotonic() + 60  # in case nobody kills it
     while time.monotonic() < deadline:
         step += 1
         stage.save(step, *state_of(step))
         if step % 3 == 2:
             stage.wait()
-            print('saved', step, flush=True)
+            say('saved', step)
         if step % 7 == 6:
             stage.finish(*state_of(step))
-            print('finished', step, flush=True)
+            say('finished', step)
 
 for _ in sys.stdin:
     if os.fork() == 0:
@@ -572,7 +576,7 @@ for _ in sys.stdin:
             run()
         finally:
             os._exit(1)
-    print('end', os.WIFSIGNALED(os.wait()[1]), flush=True)
+    say('end', os.WIFSIGNALED(os.wait()[1]))
 """
 
 

@@ -465,7 +465,7 @@ class Stage:
             self._close_manager()
             # Frees a full disk at once; what a kill leaves behind is removed by the next run.
             self._remove_temporaries()
-            raise CheckpointError(path, f'it could not be written: {_brief(error)}') from error
+            raise CheckpointError(path, _unwritten(error)) from error
 
     def _open_manager(self) -> ocp.CheckpointManager:
         _quiet()
@@ -521,7 +521,7 @@ def _write(path: str | os.PathLike, leaves: dict[str, Any], text: str) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         if not path.exists() and old.exists():
             os.rename(old, path)
-        raise CheckpointError(path, f'it could not be written: {_brief(error)}') from error
+        raise CheckpointError(path, _unwritten(error)) from error
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -811,6 +811,10 @@ def _quiet() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _unwritten(error: BaseException) -> str:
+    return f'it could not be written: {_brief(error)}; what was saved before is whole'
 
 
 def _brief(error: BaseException) -> str:

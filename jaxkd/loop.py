@@ -301,7 +301,8 @@ def _train(work: Work, stage: checkpoint.Stage, point: Point) -> tuple[Point, st
     batches = stopwatch.waiting(batches)
     if setup.profile and hosts.is_first():
         traces = setup.workdir / 'profile' / work.name
-        batches = watch.profiled(batches, traces, lambda: jax.block_until_ready(state))
+        left = steps - start
+        batches = watch.profiled(batches, left, traces, lambda: jax.block_until_ready(state))
     for step, batch in enumerate(batches, start + 1):
         if work.steer:
             memory, extra = work.steer(step - 1, state, memory)
@@ -443,7 +444,6 @@ def _anchored(work: Work, point: Point) -> Point:
 def _gone_back(work: Work, stage: checkpoint.Stage, failed: reaching.Progress, why: str) -> Point:
     """Where to go on after something went wrong; raises TrainingError if it is not to."""
     config, setup = work.config, work.setup
-    rate = config.learning_rate * failed.factor
     field = f'config.{part(work.name)}.learning_rate'
     times = len(failed.rollbacks)
     if failed.anchor is None or times >= setup.config.nan_times:
@@ -453,9 +453,10 @@ def _gone_back(work: Work, stage: checkpoint.Stage, failed: reaching.Progress, w
             kept = f'the last good state is {work.folder / str(newest)}'
         tried = f', after going back {times} times' if times else ''
         also = '' if failed.anchor else ", or set config.on_nan='rollback'"
+        lowered = f' (at {failed.factor:g} of it in the end)' if times else ''
         raise errors.TrainingError(
-            f'{work.name}: {why}{tried}; {kept}. Lower {field}, now {rate:g}'
-            f'{also}, and start again in another workdir'
+            f'{work.name}: {why}{tried}; {kept}. Lower {field}, now {config.learning_rate:g}'
+            f'{lowered}{also}, and start again in another workdir'
         )
     anchor = failed.anchor
     back = {

@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
     folder = os.path.basename(os.path.normpath(config.data.name))
     # A shell leaves the ~ of --workdir=~/run as it is.
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', folder))
+    whole = f'what is in {workdir} is whole, and the same command goes on from there'
     stops = stopping.Requests()
     try:
         if _DISTRIBUTED.value:
@@ -98,18 +99,18 @@ def main(arguments: list[str]) -> int:
         status = stopping.status(error.signal)
         return hosts.leave(status, f'jaxkd: {error}; the same command goes on from {workdir}')
     except (errors.ConfigError, errors.BudgetError) as error:
-        return hosts.leave(2, f'jaxkd: {error}')
+        return hosts.leave(1 if stops.begun else 2, f'jaxkd: {error}')
     except errors.JaxkdError as error:
         return hosts.leave(1, f'jaxkd: {error}')
     except OSError as error:
-        whole = f'what is in {workdir} is whole, and the same command goes on from there'
         return hosts.leave(1, f'jaxkd: {error}; {whole}')
     except Exception:
         if sentence := device.missing():
             return hosts.leave(2, f'jaxkd: {sentence}')
         if not hosts.several():
             raise
-        return hosts.leave(1, traceback.format_exc())
+        gone = 'one of the processes has failed, this one or one that it waits for'
+        return hosts.leave(1, f'{traceback.format_exc()}jaxkd: {gone}; {whole}')
 
 
 def _say(sentence: object) -> None:

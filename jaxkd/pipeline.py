@@ -147,7 +147,10 @@ def prepared(
         record = records.record(config)
         boards.append(metrics.wandb(config.wandb, record, tuple(weights), display.message))
     with contextlib.ExitStack() as open_:
-        hosts.first(lambda: open_.enter_context(records.claimed(workdir, config, display.message)))
+        images = data.fingerprint((learning, validation))
+        hosts.first(
+            lambda: open_.enter_context(records.claimed(workdir, config, images, display.message))
+        )
         log = open_.enter_context(
             hosts.at_first(lambda: metrics.MetricsLog(workdir, boards, say=display.message))
         )
@@ -579,14 +582,18 @@ def _settings(config: ml_collections.ConfigDict, without: Collection[str]) -> di
     What is not set is left out, so that a field that is new parts no run from what it has reached.
     """
     record = records.record(config)
-    return {part: _set(value) for part, value in record.items() if part not in without}
+    return {part: _set(value, part) for part, value in record.items() if part not in without}
 
 
-def _set(value: Any) -> Any:
-    """A record without the fields that are None."""
+def _set(value: Any, path: str) -> Any:
+    """A record without the fields that are None, or that may change on the way."""
     if not isinstance(value, Mapping):
         return value
-    return {name: _set(inner) for name, inner in value.items() if inner is not None}
+    return {
+        name: _set(inner, f'{path}.{name}')
+        for name, inner in value.items()
+        if inner is not None and f'{path}.{name}' not in records.FREE
+    }
 
 
 def _taught_loss(

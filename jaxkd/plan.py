@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -370,7 +371,14 @@ def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any
         if len(found) == len(jax.tree.leaves(variables)):
             why = 'it names every parameter; leave out teacher.checkpoint, and all begin anew'
             raise errors.ConfigError('teacher.fresh', fresh, why=why)
-    return hosts.first(lambda: convert.read(path, model, variables, fresh=fresh))
+
+    def read() -> Any:
+        if not pathlib.Path(path).expanduser().exists():
+            why = 'there is no such file or folder'
+            raise errors.ConfigError('teacher.checkpoint', path, why=why)
+        return convert.read(path, model, variables, fresh=fresh)
+
+    return hosts.first(read)
 
 
 def _check_batches(config: ml_collections.ConfigDict) -> None:

@@ -35,19 +35,21 @@ class Requests:
 
     Attributes:
       asked: the signal that asked to stop, or None.
+      begun: whether there has been something to save.
     """
 
     # A class, because a thread and the training loop share it.
 
     def __init__(self):
         self.asked: signal.Signals | None = None
+        self.begun = False
         self._holding = False
         self._lock = threading.Lock()
 
     def hold(self) -> None:
         """From now on the first signal waits for `asked` to be looked at."""
         with self._lock:
-            self._holding = True
+            self.begun = self._holding = True
 
     def release(self, anywhere: Callable[[bool], bool] = bool) -> None:
         """From now on a signal ends the process; raises Stopped if one has been waiting.

@@ -96,27 +96,29 @@ class Stopwatch:
         }
 
 
-# Steps of a stage that a profile leaves out, since the first ones compile, and those in it.
+# Steps of a stage that a profile leaves out, since the first ones compile, and those in it. Where
+# there are fewer in all, it leaves out fewer.
 _SKIPPED, _PROFILED = 10, 5
 
 
 def profiled(
-    batches: Iterable[Any], folder: pathlib.Path, wait: Callable[[], Any]
+    batches: Iterable[Any], steps: int, folder: pathlib.Path, wait: Callable[[], Any]
 ) -> Iterator[Any]:
     """Hands on batches, and writes a trace of some of the steps that take them.
 
     Args:
       batches: one for each step.
+      steps: how many there are.
       folder: for the trace, which TensorBoard's profile plugin and https://ui.perfetto.dev show.
       wait: returns when all steps are done that were started.
     """
-    tracing = False
+    tracing, first = False, max(0, min(_SKIPPED, steps - _PROFILED))
     try:
         for number, batch in enumerate(batches):
-            if number == _SKIPPED:
+            if number == first:
                 jax.profiler.start_trace(folder)
                 tracing = True
-            elif number == _SKIPPED + _PROFILED:
+            elif number == first + _PROFILED:
                 wait()
                 jax.profiler.stop_trace()
                 tracing = False
@@ -182,6 +184,7 @@ class Display:
         self._clock = clock
         self._speed: tuple[float, float] | None = None  # (seconds per step, weight) measured last
         self._measured = 0.0  # when the steps left were last known
+        self._compiled = 0.0  # seconds, for the first step of the last stage
         self._ended = clock() - device.seconds_running()  # of what came before this stage
         self._shown = -math.inf  # when values were last taken or a line was printed
         self._line: tuple[str, int] | None = None  # stage and step of the last plain line
@@ -210,6 +213,8 @@ class Display:
     def start(self, stage: str, done: int = 0) -> None:
         """Begins a stage, or goes on with it after `done` steps."""
         now = self._stage(stage)
+        if now.state == 'running':  # it goes back
+            self._ended = self._clock()
         now.state, now.step = 'running', done
         now.samples.clear()
         self._measured = self._clock()  # what came between two stages is not taken off the ETA
@@ -249,6 +254,7 @@ class Display:
 
     def first_step(self, stage: str, compiled: float) -> None:
         """Says how long the first step of a stage took to come, and compiling in that."""
+        self._compiled = compiled
         seconds = self._clock() - self._ended
         self.message(f'{stage}: first step after {seconds:.1f} s, {compiled:.1f} s of it compiling')
 
@@ -275,15 +281,16 @@ class Display:
             print(text, file=self._stream, flush=True)
 
     def eta(self, stage: str | None = None) -> float | None:
-        """Seconds that a stage, or the whole run, will still take; None before it can be known."""
-        if stage is None:
-            left = [self._left(one) for one in self._stages.values() if one.state != 'finished']
-        else:
-            left = [self._left(self._stage(stage))]
+        """Seconds that a stage, or the whole run, will still take; None before it can be known.
+
+        Every stage that has not begun is taken to compile for as long as the last one did.
+        """
+        stages = list(self._stages.values()) if stage is None else [self._stage(stage)]
         if self._speed is None:
             return None
         since = self._clock() - self._measured
-        return max(0.0, self._speed[0] / self._speed[1] * sum(left) - since)
+        steps = self._speed[0] / self._speed[1] * sum(map(self._left, stages)) - since
+        return max(0.0, steps) + self._compiled * sum(one.state == 'waiting' for one in stages)
 
     def _left(self, stage: _Stage) -> float:
         """Steps left, in steps of weight 1."""

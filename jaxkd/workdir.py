@@ -22,12 +22,17 @@ from jaxkd import errors
 
 # Names the images that could not be read; there is none where all could.
 CORRUPT_IMAGES = 'corrupt_images.json'
+# Fields that a run which goes on may have changed.
+FREE = ('data.corrupt_limit',)
 PACKAGES = ('jaxkd', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 @contextlib.contextmanager
 def claimed(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, say: Callable[[str], None]
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    images: str,
+    say: Callable[[str], None],
 ) -> Iterator[None]:
     """Makes the workdir this config's, and this process's as long as the context lasts.
 
@@ -37,12 +42,16 @@ def claimed(
     Args:
       workdir: made if it is missing.
       config: the run's.
+      images: tells those that it learns from apart from others.
       say: is told what was damaged.
 
     Raises:
       ConfigError: if the workdir cannot be written, if a process is at work there, or if it belongs
-        to a run with another config; the fields that differ are named.
+        to a run with another config, whose fields that differ are named, or with other images.
     """
+    if workdir.exists() and not workdir.is_dir():
+        why = 'a file has that name; take another'
+        raise errors.ConfigError('--workdir', str(workdir), why=why)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK):
@@ -68,8 +77,19 @@ def claimed(
         known = read_json(workdir / 'config.json', say)
         if known:
             _check_same(workdir, known['config'], config)
+            if known.get('images', images) != images:
+                why = (
+                    f'its images or their classes are others than when the run in {workdir} began; '
+                    'set them back, or take another workdir'
+                )
+                raise errors.ConfigError('data.name', config.data.name, why=why)
         else:
-            content = {'config': record(config), 'versions': versions(), 'command': command()}
+            content = {
+                'config': record(config),
+                'images': images,
+                'versions': versions(),
+                'command': command(),
+            }
             write_json(workdir / 'config.json', content)
         yield
 
@@ -193,7 +213,7 @@ def _check_same(
     known, now = flat(there), flat(record(config))
     differing = [
         f'{key} ({known.get(key)!r} there, {now.get(key)!r} now)'
-        for key in sorted(known.keys() | now.keys())
+        for key in sorted((known.keys() | now.keys()) - set(FREE))
         if known.get(key) != now.get(key)
     ]
     if differing:

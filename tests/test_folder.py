@@ -155,6 +155,28 @@ def test_what_does_not_belong_is_refused(damage, words, tmp_path):
             load(tmp_path / 'mine', part, validation=0.5)
 
 
+def test_other_classes_or_images_are_told_apart(tmp_path):
+    write(tmp_path, 'train', 4)
+    write(tmp_path, 'val', 2)
+
+    def found():
+        return data.fingerprint(load(tmp_path, part, validation=0.25) for part in data.PARTS)
+
+    def rename(old, new):
+        for part in ('train', 'val'):
+            (tmp_path / part / old).rename(tmp_path / part / new)
+
+    before = found()
+    for old, new in (('red', 'amber'), ('red/01.png', 'red/01a.png')):
+        rename(old, new)
+        assert found() != before
+        rename(new, old)
+        assert found() == before
+    digits = data.load('digits', 'train')
+    other = digits._replace(images=255 - digits.images)
+    assert data.fingerprint([digits]) != data.fingerprint([other])
+
+
 def test_settings_are_checked(flowers):
     for arguments, words in [
         ({'crop': 0.0}, 'data.crop'),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -78,6 +79,31 @@ def test_lines_are_few_and_have_what_matters():
     assert lines[6].endswith(' eta 0s, all 40s')
     assert lines[8].endswith(' eta 28s, all 28s')
     assert lines[-1].startswith('[search 20/20 100%]') and lines[-1].endswith('eta 0s, all 0s')
+
+
+def test_stages_to_come_will_compile_too():
+    now = [0.0]
+    stages = [('teacher', 4), ('search', 2), ('distil', 1)]
+    with watch.Display(stages, stream=io.StringIO(), clock=lambda: now[0]) as display:
+        display.first_step('teacher', 20.0)
+        for step in (1, 2):
+            now[0] += 1
+            display.update('teacher', step)
+        assert (display.eta('teacher'), display.eta()) == (2.0, 5 + 2 * 20)
+        display.finish('teacher')
+        display.start('search')
+        assert display.eta() == 3 + 20
+
+
+def test_a_stage_of_a_few_steps_is_profiled_too(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: called.append('start'))
+    monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: called.append('stop'))
+    for steps, told in ((3, 'start 0 1 2 stop'), (7, '0 1 start 2 3 4 5 6 stop')):
+        called.clear()
+        for batch in watch.profiled(range(steps), steps, tmp_path, lambda: None):
+            called.append(str(batch))
+        assert ' '.join(called) == told
 
 
 def test_a_resumed_run_starts_in_the_middle():

@@ -9,42 +9,63 @@ import pytest
 
 from jaxkd import errors, workdir
 
-CONFIG = ml_collections.ConfigDict({'seed': 0, 'blocks': (('a', {'strength': 2.0}),)})
+CONFIG = ml_collections.ConfigDict(
+    {
+        'seed': 0,
+        'blocks': (('a', {'strength': 2.0}),),
+        'data': {'name': 'digits', 'corrupt_limit': 1},
+    }
+)
 
 
 def test_one_process_at_a_time(tmp_path):
     said = []
-    with workdir.claimed(tmp_path / 'new', CONFIG, said.append):
+    with workdir.claimed(tmp_path / 'new', CONFIG, 'images', said.append):
         words = f'process {os.getpid()} on .* is at work there'
         with (
             pytest.raises(errors.ConfigError, match=words),
-            workdir.claimed(tmp_path / 'new', CONFIG, said.append),
+            workdir.claimed(tmp_path / 'new', CONFIG, 'images', said.append),
         ):
             pass
-    with workdir.claimed(tmp_path / 'new', CONFIG, said.append):
+    with workdir.claimed(tmp_path / 'new', CONFIG, 'images', said.append):
         pass
     other = ml_collections.ConfigDict({**CONFIG, 'seed': 1})
     with (
         pytest.raises(errors.ConfigError, match=r'seed \(0 there, 1 now\)'),
-        workdir.claimed(tmp_path / 'new', other, said.append),
+        workdir.claimed(tmp_path / 'new', other, 'images', said.append),
+    ):
+        pass
+    more = ml_collections.ConfigDict({**CONFIG, 'data': {**CONFIG.data, 'corrupt_limit': 9}})
+    with workdir.claimed(tmp_path / 'new', more, 'images', said.append):
+        pass
+    with (
+        pytest.raises(errors.ConfigError, match="data.name is 'digits': its images .* are others"),
+        workdir.claimed(tmp_path / 'new', CONFIG, 'others', said.append),
     ):
         pass
     assert said == []
+    (tmp_path / 'file').touch()
+    with (
+        pytest.raises(errors.ConfigError, match='a file has that name'),
+        workdir.claimed(tmp_path / 'file', CONFIG, 'images', said.append),
+    ):
+        pass
 
 
 @pytest.mark.parametrize('place', ['"seed": 0', '"jax"', '"sha256"', '{', None])
 def test_a_damaged_record_is_set_aside_and_made_again(tmp_path, place):
     said, path = [], tmp_path / 'config.json'
-    with workdir.claimed(tmp_path, CONFIG, said.append):
+    with workdir.claimed(tmp_path, CONFIG, 'images', said.append):
         before = path.read_text()
     assert workdir.read_json(path, said.append) == {
         'config': workdir.record(CONFIG),
+        'images': 'images',
         'versions': workdir.versions(),
         'command': workdir.command(),
     }
     damaged = before.replace(place, place.replace(place[-2:], '9')) if place else ''
     path.write_text(damaged)
-    with workdir.claimed(tmp_path, CONFIG, said.append):
+    with workdir.claimed(tmp_path, CONFIG, 'images', said.append):
         assert path.read_text() == before
     assert len(said) == 1 and 'config.json.damaged' in said[0]
     assert (tmp_path / 'config.json.damaged').read_text() == damaged != before

@@ -38,7 +38,7 @@ from jaxkd.data.files import Files, read_ahead
 from jaxkd.data.loading import load, loader
 from jaxkd.data.order import Steps, epoch_order, eval_batches
 from jaxkd.data.scaling import normalize, statistics
-from jaxkd.data.split import PARTS, Split
+from jaxkd.data.split import PARTS, Split, fingerprint
 
 __all__ = [
     'PARTS',
@@ -53,6 +53,7 @@ __all__ = [
     'cutmix',
     'epoch_order',
     'eval_batches',
+    'fingerprint',
     'info',
     'load',
     'loader',

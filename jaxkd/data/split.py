@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import functools
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,18 @@ def in_memory(images: np.ndarray, labels: np.ndarray) -> Split:
 def from_files(files: reading.Files) -> Split:
     fetch = functools.partial(reading.fetch, files)
     return Split(len(files.labels), files.labels, fetch, None, files)
+
+
+def fingerprint(parts: Iterable[Split]) -> str:
+    """SHA-256 of the labels and the images of parts; of images in files, of their names."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.labels.astype('<i4').tobytes())
+        if part.images is not None:
+            digest.update(np.ascontiguousarray(part.images))
+        else:
+            digest.update('\n'.join(map(part.files.name, part.files.places)).encode())
+    return digest.hexdigest()
 
 
 def stratified(labels: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:

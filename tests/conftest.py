@@ -15,6 +15,9 @@ from jaxkd import models
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
 
+# Programs that took less to compile are compiled again, rather than kept.
+KEPT_FROM = 0.3
+
 MODULE = """
 from flax import linen as nn
 
@@ -28,6 +31,13 @@ class Net(nn.Module):
         x = nn.relu(nn.Conv(64, (3, 3), name='second')(x))
         return nn.Dense(5, name='head')(x.mean((1, 2)))
 """
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once(tmp_path_factory):
+    """Stages that go on, and networks that are made again, compile the same programs."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', KEPT_FROM)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import resource
 
 from flax import linen as nn
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -119,25 +118,6 @@ def assert_same(a, b):
     assert x.progress.best.step == y.progress.best.step
     assert x.progress.best.metrics == y.progress.best.metrics
     assert x.progress.rollbacks == y.progress.rollbacks
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """Stages that go on compile the same programs."""
-    settings = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
-        'jax_persistent_cache_min_compile_time_secs': 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    _configure(settings)
-    yield
-    _configure(before)
-
-
-def _configure(settings):
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')

@@ -212,6 +212,7 @@ def fit(
     keep = setup.config.checkpoint_keep
     with hosts.at_first(lambda: checkpoint.Stage(work.folder, keep, say)) as stage:
         found = stage.result()
+        setup.stops.begun |= found is not None
         if found:
             steps, _ = schedule(setup, name)
             end = _restored(work, 'result', steps, *found)
@@ -221,6 +222,7 @@ def fit(
             return end._replace(state=meshes.gathered(end.state))
 
         found = stage.restore()
+        setup.stops.begun |= found is not None
         if found:
             point = _restored(work, str(found[0]), *found)
             say(f'{name}: going on at step {found[0]} of {schedule(setup, name)[0]}')

@@ -147,10 +147,12 @@ def prepared(
         record = records.record(config)
         boards.append(metrics.wandb(config.wandb, record, tuple(weights), display.message))
     with contextlib.ExitStack() as open_:
-        images = data.fingerprint((learning, validation))
-        hosts.first(
-            lambda: open_.enter_context(records.claimed(workdir, config, images, display.message))
-        )
+
+        def claim() -> None:
+            images = data.fingerprint((learning, validation))
+            open_.enter_context(records.claimed(workdir, config, images, display.message))
+
+        hosts.first(claim)
         log = open_.enter_context(
             hosts.at_first(lambda: metrics.MetricsLog(workdir, boards, say=display.message))
         )
@@ -586,13 +588,11 @@ def _settings(config: ml_collections.ConfigDict, without: Collection[str]) -> di
 
 
 def _set(value: Any, path: str) -> Any:
-    """A record without the fields that are None, or that may change on the way."""
+    """A record without the fields that are None, and with what stands for those that may change."""
     if not isinstance(value, Mapping):
-        return value
+        return records.FREE.get(path, value)
     return {
-        name: _set(inner, f'{path}.{name}')
-        for name, inner in value.items()
-        if inner is not None and f'{path}.{name}' not in records.FREE
+        name: _set(inner, f'{path}.{name}') for name, inner in value.items() if inner is not None
     }
 
 

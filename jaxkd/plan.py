@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import pathlib
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -355,9 +355,10 @@ def _check_statistics(config: ml_collections.ConfigDict, info: data.Info) -> Non
 
 def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any) -> Any:
     """What teacher.checkpoint holds, if it is given, without what teacher.fresh names."""
-    path, fresh = config.teacher.checkpoint, config.teacher.fresh
-    if not path:
+    given, fresh = config.teacher.checkpoint, config.teacher.fresh
+    if not given:
         return None
+    path = os.path.expanduser(given)
     if fresh is not None:
         try:
             found = convert.named(variables, fresh)
@@ -373,9 +374,9 @@ def _weights(config: ml_collections.ConfigDict, model: nn.Module, variables: Any
             raise errors.ConfigError('teacher.fresh', fresh, why=why)
 
     def read() -> Any:
-        if not pathlib.Path(path).expanduser().exists():
+        if not os.path.exists(path):
             why = 'there is no such file or folder'
-            raise errors.ConfigError('teacher.checkpoint', path, why=why)
+            raise errors.ConfigError('teacher.checkpoint', given, why=why)
         return convert.read(path, model, variables, fresh=fresh)
 
     return hosts.first(read)

@@ -35,7 +35,7 @@ class Requests:
 
     Attributes:
       asked: the signal that asked to stop, or None.
-      begun: whether there has been something to save.
+      begun: whether there has been something to save, now or in a run that this one goes on with.
     """
 
     # A class, because a thread and the training loop share it.

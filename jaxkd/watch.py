@@ -139,6 +139,7 @@ class _Stage:
         self.name, self.total, self.weight = name, total, weight
         self.step = 0
         self.state = 'waiting'  # then 'running', then 'finished'
+        self.compiled = False  # whether its first step is done
         self.newest: dict[str, Any] = {}  # as handed in
         # What is shown, which the terminal's thread reads: replaced as a whole, never changed.
         self.values: dict[str, float | None] = {}
@@ -215,7 +216,7 @@ class Display:
         now = self._stage(stage)
         if now.state == 'running':  # it goes back
             self._ended = self._clock()
-        now.state, now.step = 'running', done
+        now.state, now.step, now.compiled = 'running', done, False
         now.samples.clear()
         self._measured = self._clock()  # what came between two stages is not taken off the ETA
         self._shown = -math.inf
@@ -235,7 +236,7 @@ class Display:
         now = self._stage(stage)
         if now.state != 'running':
             self.start(stage, step)
-        now.step = step
+        now.step, now.compiled = step, True
         clock = self._clock()
         samples = now.samples
         if not samples or (clock - samples[-1][0] >= 0.5 and step > samples[-1][1]):
@@ -254,8 +255,10 @@ class Display:
 
     def first_step(self, stage: str, compiled: float) -> None:
         """Says how long the first step of a stage took to come, and compiling in that."""
-        self._compiled = compiled
-        seconds = self._clock() - self._ended
+        clock = self._clock()
+        self._stage(stage).compiled = True
+        self._compiled, self._measured = compiled, clock
+        seconds = clock - self._ended
         self.message(f'{stage}: first step after {seconds:.1f} s, {compiled:.1f} s of it compiling')
 
     def finish(self, stage: str) -> None:
@@ -283,14 +286,15 @@ class Display:
     def eta(self, stage: str | None = None) -> float | None:
         """Seconds that a stage, or the whole run, will still take; None before it can be known.
 
-        Every stage that has not begun is taken to compile for as long as the last one did.
+        A stage whose first step is not done is taken to compile for as long as the last one did.
         """
         stages = list(self._stages.values()) if stage is None else [self._stage(stage)]
         if self._speed is None:
             return None
         since = self._clock() - self._measured
-        steps = self._speed[0] / self._speed[1] * sum(map(self._left, stages)) - since
-        return max(0.0, steps) + self._compiled * sum(one.state == 'waiting' for one in stages)
+        steps = self._speed[0] / self._speed[1] * sum(map(self._left, stages))
+        compiling = sum(one.state != 'finished' and not one.compiled for one in stages)
+        return max(0.0, steps + self._compiled * compiling - since)
 
     def _left(self, stage: _Stage) -> float:
         """Steps left, in steps of weight 1."""

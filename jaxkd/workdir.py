@@ -22,8 +22,8 @@ from jaxkd import errors
 
 # Names the images that could not be read; there is none where all could.
 CORRUPT_IMAGES = 'corrupt_images.json'
-# Fields that a run which goes on may have changed.
-FREE = ('data.corrupt_limit',)
+# Fields that a run which goes on may have changed, and what stands for them in what it depends on.
+FREE = {'data.corrupt_limit': 10}
 PACKAGES = ('jaxkd', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -49,7 +49,7 @@ def claimed(
       ConfigError: if the workdir cannot be written, if a process is at work there, or if it belongs
         to a run with another config, whose fields that differ are named, or with other images.
     """
-    if workdir.exists() and not workdir.is_dir():
+    if os.path.isfile(workdir):
         why = 'a file has that name; take another'
         raise errors.ConfigError('--workdir', str(workdir), why=why)
     try:
@@ -83,14 +83,10 @@ def claimed(
                     'set them back, or take another workdir'
                 )
                 raise errors.ConfigError('data.name', config.data.name, why=why)
-        else:
-            content = {
-                'config': record(config),
-                'images': images,
-                'versions': versions(),
-                'command': command(),
-            }
-            write_json(workdir / 'config.json', content)
+        now = {'config': record(config), 'images': images}
+        if not known or now != {key: known.get(key) for key in now}:
+            begun = known or {'versions': versions()}
+            write_json(workdir / 'config.json', {**begun, **now, 'command': command()})
         yield
 
 
@@ -213,7 +209,7 @@ def _check_same(
     known, now = flat(there), flat(record(config))
     differing = [
         f'{key} ({known.get(key)!r} there, {now.get(key)!r} now)'
-        for key in sorted((known.keys() | now.keys()) - set(FREE))
+        for key in sorted((known.keys() | now.keys()) - FREE.keys())
         if known.get(key) != now.get(key)
     ]
     if differing:

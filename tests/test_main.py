@@ -36,8 +36,11 @@ SHORT = [
 
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory):
-    """A cache of their own: killed and resumed runs compile the same programs."""
-    return os.environ | {'PYTHONPATH': str(ROOT), 'JAXKD_CACHE': str(tmp_path_factory.mktemp('c'))}
+    """A cache for all processes that test: killed and resumed runs compile the same programs."""
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    return os.environ | {'PYTHONPATH': str(ROOT), 'JAXKD_CACHE': str(folder / 'cache')}
 
 
 def _command(workdir, *flags):

@@ -92,7 +92,11 @@ def test_stages_to_come_will_compile_too():
         assert (display.eta('teacher'), display.eta()) == (2.0, 5 + 2 * 20)
         display.finish('teacher')
         display.start('search')
-        assert display.eta() == 3 + 20
+        assert display.eta() == 3 + 2 * 20
+        now[0] += 15
+        assert (display.eta('search'), display.eta()) == (2 + 5, 3 + 20 + 5)
+        display.first_step('search', 15.0)
+        assert display.eta() == 3 + 15
 
 
 def test_a_stage_of_a_few_steps_is_profiled_too(tmp_path, monkeypatch):

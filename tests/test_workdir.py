@@ -37,7 +37,8 @@ def test_one_process_at_a_time(tmp_path):
         pass
     more = ml_collections.ConfigDict({**CONFIG, 'data': {**CONFIG.data, 'corrupt_limit': 9}})
     with workdir.claimed(tmp_path / 'new', more, 'images', said.append):
-        pass
+        found = workdir.read_json(tmp_path / 'new' / 'config.json', said.append)
+        assert found['config']['data']['corrupt_limit'] == 9
     with (
         pytest.raises(errors.ConfigError, match="data.name is 'digits': its images .* are others"),
         workdir.claimed(tmp_path / 'new', CONFIG, 'others', said.append),

@@ -44,8 +44,8 @@ class CorruptImages:
             raise ConfigError(
                 'data.corrupt_limit',
                 self._limit,
-                why=f'{", ".join(named[:_NAMED])}{more} cannot be read; repair or remove what '
-                'cannot be, or allow for more',
+                why=f'{", ".join(named[:_NAMED])}{more} cannot be read; repair them, allow for '
+                'more or, before a run has begun, remove them',
             )
 
     def listen(self, tell: Callable[[Mapping[str, str]], None]) -> None:

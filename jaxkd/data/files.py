@@ -29,6 +29,7 @@ class Files(NamedTuple):
     Attributes:
       read: place -> the bytes of an encoded image. Can be pickled.
       name: place -> what to call it, likewise.
+      listing: tells the images among which the places are apart from others.
       places: int [size], of the images of this part.
       labels: int32 [size].
       shape: (height, width, channels) of what is made of them.
@@ -41,6 +42,7 @@ class Files(NamedTuple):
 
     read: Callable[[int], bytes]
     name: Callable[[int], str]
+    listing: str
     places: np.ndarray
     labels: np.ndarray
     shape: tuple[int, int, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -108,6 +109,11 @@ def read(images: Images, place: int) -> bytes:
 def title(images: Images, place: int) -> str:
     """What to call an image."""
     return str(images.folder / images.paths[place])
+
+
+def listing(images: Images) -> str:
+    """SHA-256 of the paths in the folder."""
+    return hashlib.sha256(os.fsencode('\0'.join(images.paths))).hexdigest()
 
 
 _REMOVE = 'remove it from there'

@@ -165,6 +165,7 @@ def _read_folder(
         Files(
             read=functools.partial(folder.read, images),
             name=functools.partial(folder.title, images),
+            listing=folder.listing(images),
             places=np.arange(len(images.labels)),
             labels=images.labels,
             shape=shape,

@@ -68,6 +68,7 @@ def read(
         Files(
             read=functools.partial(_encoded, name, folder, split),
             name=functools.partial(_title, name, split),
+            listing=f'{name} {split}',
             places=np.arange(size),
             labels=labels.astype(np.int32),
             shape=entry.image_shape,

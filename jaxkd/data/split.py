@@ -53,14 +53,15 @@ def from_files(files: reading.Files) -> Split:
 
 
 def fingerprint(parts: Iterable[Split]) -> str:
-    """SHA-256 of the labels and the images of parts; of images in files, of their names."""
+    """SHA-256 of the labels and the images of parts; of images in files, of their paths."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.labels.astype('<i4').tobytes())
         if part.images is not None:
             digest.update(np.ascontiguousarray(part.images))
         else:
-            digest.update('\n'.join(map(part.files.name, part.files.places)).encode())
+            digest.update(part.files.listing.encode())
+            digest.update(part.files.places.astype('<i8').tobytes())
     return digest.hexdigest()
 
 

@@ -212,7 +212,6 @@ def fit(
     keep = setup.config.checkpoint_keep
     with hosts.at_first(lambda: checkpoint.Stage(work.folder, keep, say)) as stage:
         found = stage.result()
-        setup.stops.begun |= found is not None
         if found:
             steps, _ = schedule(setup, name)
             end = _restored(work, 'result', steps, *found)
@@ -222,7 +221,6 @@ def fit(
             return end._replace(state=meshes.gathered(end.state))
 
         found = stage.restore()
-        setup.stops.begun |= found is not None
         if found:
             point = _restored(work, str(found[0]), *found)
             say(f'{name}: going on at step {found[0]} of {schedule(setup, name)[0]}')
@@ -390,6 +388,7 @@ def _restored(work: Work, name: str, step: int, leaves: reaching.Leaves, notes: 
             'it was made with another config, teacher or structure; take another workdir, or '
             f'remove {work.folder} to do this stage again',
         )
+    work.setup.stops.begun = True
     state, memory = _unpacked(work, leaves)
     return Point(state, memory, reaching.unpack(step, leaves, notes))
 
